@@ -1,0 +1,480 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * DOC: Theory of Operation
+ *
+ * A context (struct fp_ctx) is one VNI of one daemon: its configuration and its FIB. Workers
+ * (csrc/worker.c) move packets between a TUN queue and the UDP sockets; each has its own buffers
+ * and counters and shares nothing writable with another worker but the per-peer counters.
+ *
+ *	TUN -> read at headroom -> encap_packet() -> push 22 bytes in place -> sendmmsg per socket
+ *	UDP -> recvmmsg -> decap_datagram() -> vnet header + inner packet -> writev to the TUN
+ *
+ * This file has the two checks and no I/O, so that it can be tested and fuzzed alone. Packets of
+ * both directions are untrusted. On receive each rejection is one `if` with one drop reason, in the
+ * order of enum fp_drop; the first six equal the kernel's vxlan_rcv(), the others are the source
+ * checks that flannel lacks. Encapsulation never changes the inner packet; decapsulation changes at
+ * most its ECN field. Neither touches the TTL: the hosts on both ends route, and decrement it.
+ */
+#include "_fastpath.h"
+
+#include <errno.h>
+#include <stdlib.h>
+
+#include "context.h"
+#include "ecn.h"
+
+static const char *const drop_names[] = {
+	[FP_DROP_SHORT] = "short",
+	[FP_DROP_NO_VNI_FLAG] = "no_vni_flag",
+	[FP_DROP_RESERVED_BITS] = "reserved_bits",
+	[FP_DROP_WRONG_VNI] = "wrong_vni",
+	[FP_DROP_UNKNOWN_VTEP] = "unknown_vtep",
+	[FP_DROP_VTEP_MAC] = "vtep_mac",
+	[FP_DROP_LOOP] = "loop",
+	[FP_DROP_NOT_OUR_MAC] = "not_our_mac",
+	[FP_DROP_ETHERTYPE] = "ethertype",
+	[FP_DROP_INNER_MALFORMED] = "inner_malformed",
+	[FP_DROP_INNER_SOURCE] = "inner_source",
+	[FP_DROP_ECN] = "ecn",
+	[FP_DROP_TUN_DOWN] = "tun_down",
+	[FP_DROP_TUN_WRITE] = "tun_write",
+	[FP_DROP_ENCAP_MALFORMED] = "encap_malformed",
+	[FP_DROP_ENCAP_FAMILY] = "encap_family",
+	[FP_DROP_ENCAP_MULTICAST] = "encap_multicast",
+	[FP_DROP_NO_ROUTE] = "no_route",
+	[FP_DROP_SEND_UNREACHABLE] = "send_unreachable",
+	[FP_DROP_SEND_DENIED] = "send_denied",
+	[FP_DROP_SEND_SIZE] = "send_size",
+	[FP_DROP_SEND_BUFFER] = "send_buffer",
+	[FP_DROP_SEND_ERROR] = "send_error",
+};
+static_assert(sizeof(drop_names) / sizeof(drop_names[0]) == FP_DROP_REASONS,
+	      "every drop reason has a name");
+
+/**
+ * fp_drop_name() - Name of a drop reason, as metrics show it
+ *
+ * Return: a static string, or NULL outside of the enum
+ */
+const char *fp_drop_name(int reason)
+{
+	return reason >= 0 && reason < FP_DROP_REASONS ? drop_names[reason] : NULL;
+}
+
+static struct inet_address address_of(const uint8_t octets[16])
+{
+	struct inet_address address;
+
+	memcpy(&address, octets, sizeof(address));
+	return address;
+}
+
+/* The peer that `--peer-source` lets send from @source with @mac, or NULL. */
+static const struct fib_entry *configured_sender(const struct fp_ctx *ctx,
+						 const struct inet_address *source,
+						 const uint8_t mac[ETH_ALEN], bool *known)
+{
+	for (size_t i = 0; i < ctx->config.peer_sources; i++) {
+		const struct fp_peer_source *allowed = &ctx->config.peer_source[i];
+		struct inet_address prefix = address_of(allowed->source);
+		struct inet_address subnet = address_of(allowed->subnet);
+		const struct fib_entry *peer;
+
+		if (!inet_in(source, &prefix, allowed->source_len))
+			continue;
+		peer = fib_exact(ctx->fib, &subnet, allowed->subnet_len);
+		if (!peer)
+			continue;
+		*known = true;
+		if (memcmp(peer->mac, mac, ETH_ALEN) == 0 ||
+		    (peer->has_previous_mac && memcmp(peer->previous_mac, mac, ETH_ALEN) == 0))
+			return peer;
+	}
+	return NULL;
+}
+
+/* Find who sent a frame. Return: -1, or the drop reason */
+static int find_sender(const struct fp_ctx *ctx, const struct inet_address *outer_source,
+		       const uint8_t mac[ETH_ALEN], const struct fib_entry **sender)
+{
+	bool known = false;
+
+	*sender = fib_sender(ctx->fib, outer_source, mac);
+	if (!*sender)
+		*sender = configured_sender(ctx, outer_source, mac, &known);
+	if (*sender)
+		return -1;
+	return known || fib_source(ctx->fib, outer_source) ? FP_DROP_VTEP_MAC :
+							     FP_DROP_UNKNOWN_VTEP;
+}
+
+/* May @sender send from @source? Inside the network only from its own subnet. */
+static bool source_allowed(const struct fp_ctx *ctx, const struct fib_entry *sender,
+			   const struct inet_address *source)
+{
+	if (flow_bad_source(source))
+		return false;
+	if (!inet_in(source, &ctx->network, ctx->config.network_len))
+		return true;
+	return sender && fib_lookup(ctx->fib, source) == sender;
+}
+
+/* Return: whether @reason drops; in mode `log` it is only noted */
+static bool spoof_drops(const struct fp_ctx *ctx, int reason, struct decap *out)
+{
+	if (ctx->config.anti_spoofing == FP_SPOOF_ENFORCE) {
+		out->drop = reason;
+		return true;
+	}
+	if (out->spoofed < 0)
+		out->spoofed = reason;
+	return false;
+}
+
+/**
+ * decap_datagram() - Check a VXLAN datagram and find the inner packet in it
+ * @ctx:          Context, its FIB entered
+ * @datagram:     UDP payload; the inner ECN field may be rewritten
+ * @length:       Bytes of it
+ * @outer_source: Who sent it, as the outer IP header says
+ * @outer_tos:    Outer TOS or traffic class
+ * @out:          The verdict
+ */
+void decap_datagram(const struct fp_ctx *ctx, uint8_t *datagram, size_t length,
+		    const struct inet_address *outer_source, uint8_t outer_tos, struct decap *out)
+{
+	const struct vxlan_push *push = (const struct vxlan_push *)datagram;
+	uint16_t ethertype;
+	struct flow flow;
+	int reason, ecn;
+
+	*out = (struct decap){ .drop = -1, .spoofed = -1 };
+	if (length < sizeof(*push)) {
+		out->drop = FP_DROP_SHORT;
+		return;
+	}
+	if (!(push->vxlan.flags & VXLAN_FLAG_VNI)) {
+		out->drop = FP_DROP_NO_VNI_FLAG;
+		return;
+	}
+	if (vxlan_reserved_set(&push->vxlan) && !ctx->config.ignore_reserved_bits) {
+		out->drop = FP_DROP_RESERVED_BITS;
+		return;
+	}
+	if (vxlan_vni(&push->vxlan) != ctx->config.vni) {
+		out->drop = FP_DROP_WRONG_VNI;
+		return;
+	}
+	memcpy(out->mac, push->eth.source, ETH_ALEN);
+	reason = find_sender(ctx, outer_source, out->mac, &out->sender);
+	if (reason >= 0 && ctx->config.anti_spoofing != FP_SPOOF_OFF &&
+	    spoof_drops(ctx, reason, out))
+		return;
+	if (memcmp(push->eth.source, ctx->config.mac, ETH_ALEN) == 0) {
+		out->drop = FP_DROP_LOOP;
+		return;
+	}
+	if (memcmp(push->eth.destination, ctx->config.mac, ETH_ALEN) != 0) {
+		out->drop = FP_DROP_NOT_OUR_MAC;
+		return;
+	}
+	ethertype = get_be16(push->eth.type);
+	if (!(ethertype == ETHERTYPE_IPV4 && ctx->config.inner_ipv4) &&
+	    !(ethertype == ETHERTYPE_IPV6 && ctx->config.inner_ipv6)) {
+		out->drop = FP_DROP_ETHERTYPE;
+		return;
+	}
+	out->packet = datagram + sizeof(*push);
+	if (!flow_parse(out->packet, length - sizeof(*push), ethertype, &flow)) {
+		out->drop = FP_DROP_INNER_MALFORMED;
+		return;
+	}
+	out->length = flow.length;
+	out->inner_source = flow.source;
+	if (ctx->config.anti_spoofing != FP_SPOOF_OFF &&
+	    !source_allowed(ctx, out->sender, &flow.source) &&
+	    spoof_drops(ctx, FP_DROP_INNER_SOURCE, out))
+		return;
+	ecn = ecn_pop(outer_tos & ECN_MASK, flow.ecn);
+	if (ecn == ECN_DROP) {
+		out->drop = FP_DROP_ECN;
+		return;
+	}
+	if (ecn != flow.ecn)
+		flow_set_ecn(out->packet, ethertype, (uint8_t)ecn);
+}
+
+/**
+ * encap_packet() - Check an inner packet and find where it goes
+ * @ctx:    Context, its FIB entered
+ * @packet: From the first byte of the IP header; not changed
+ * @length: Bytes of it
+ * @out:    The verdict; its peer holds the 22 bytes to push
+ */
+void encap_packet(const struct fp_ctx *ctx, const uint8_t *packet, size_t length,
+		  struct encap *out)
+{
+	unsigned int version = length ? packet[0] >> 4 : 0;
+	struct flow flow;
+
+	*out = (struct encap){ .drop = -1 };
+	if (version != 4 && version != 6) {
+		out->drop = FP_DROP_ENCAP_MALFORMED;
+		return;
+	}
+	if (!(version == 4 ? ctx->config.inner_ipv4 : ctx->config.inner_ipv6)) {
+		out->drop = FP_DROP_ENCAP_FAMILY;
+		return;
+	}
+	if (!flow_parse(packet, length, version == 4 ? ETHERTYPE_IPV4 : ETHERTYPE_IPV6, &flow)) {
+		out->drop = FP_DROP_ENCAP_MALFORMED;
+		return;
+	}
+	if (flow_is_multicast(&flow.destination)) {
+		out->drop = FP_DROP_ENCAP_MULTICAST;
+		return;
+	}
+	out->peer = fib_lookup(ctx->fib, &flow.destination);
+	if (!out->peer) {
+		out->drop = FP_DROP_NO_ROUTE;
+		return;
+	}
+	out->length = flow.length;
+	out->outer_tos = ecn_push(flow.ecn);
+	out->hash = flow.hash;
+}
+
+/**
+ * fp_ctx_new() - Make a context with an empty FIB
+ * @config: Copied, with the peer sources behind it
+ *
+ * Return: the context, or NULL without memory
+ */
+struct fp_ctx *fp_ctx_new(const struct fp_config *config)
+{
+	struct fp_ctx *ctx = calloc(1, sizeof(*ctx));
+	size_t bytes = config->peer_sources * sizeof(*config->peer_source);
+	struct fp_peer_source *sources = malloc(bytes + 1);
+
+	if (ctx)
+		ctx->fib = fib_new();
+	if (!ctx || !sources || !ctx->fib) {
+		free(sources);
+		free(ctx);
+		return NULL;
+	}
+	ctx->config = *config;
+	if (bytes)
+		memcpy(sources, config->peer_source, bytes);
+	ctx->config.peer_source = sources;
+	ctx->network = address_of(config->network);
+	pthread_mutex_init(&ctx->lock, NULL);
+	fib_reader_add(ctx->fib, &ctx->caller);
+	return ctx;
+}
+
+/** fp_ctx_free() - Free a context whose workers are freed */
+void fp_ctx_free(struct fp_ctx *ctx)
+{
+	assert(!ctx->workers);
+	fib_reader_remove(ctx->fib, &ctx->caller);
+	fib_free(ctx->fib);
+	pthread_mutex_destroy(&ctx->lock);
+	free((void *)ctx->config.peer_source);
+	free(ctx);
+}
+
+/**
+ * fp_route_replace() - Publish a route while packets flow
+ *
+ * Return: 0, or EINVAL, ENOMEM
+ */
+int fp_route_replace(struct fp_ctx *ctx, const struct fp_route *route)
+{
+	struct fib_entry entry = {
+		.subnet = address_of(route->subnet),
+		.subnet_length = route->subnet_len,
+		.has_previous_mac = route->has_previous_mac,
+		.port = route->port,
+		.underlay = address_of(route->underlay),
+		.push.vxlan = vxlan_header_of(ctx->config.vni),
+	};
+
+	memcpy(entry.mac, route->mac, ETH_ALEN);
+	memcpy(entry.previous_mac, route->previous_mac, ETH_ALEN);
+	memcpy(entry.push.eth.destination, route->mac, ETH_ALEN);
+	memcpy(entry.push.eth.source, ctx->config.mac, ETH_ALEN);
+	entry.push.eth.type =
+		put_be16(inet_is_ipv4(&entry.subnet) ? ETHERTYPE_IPV4 : ETHERTYPE_IPV6);
+	return fib_replace(ctx->fib, &entry);
+}
+
+/**
+ * fp_route_delete() - Remove a route while packets flow
+ *
+ * Return: 0, or ESRCH, ENOMEM
+ */
+int fp_route_delete(struct fp_ctx *ctx, const uint8_t *subnet, uint8_t subnet_len)
+{
+	struct inet_address prefix = address_of(subnet);
+
+	return fib_delete(ctx->fib, &prefix, subnet_len);
+}
+
+static void route_of(const struct fib_entry *entry, struct fp_route *route)
+{
+	*route = (struct fp_route){
+		.subnet_len = entry->subnet_length,
+		.has_previous_mac = entry->has_previous_mac,
+		.port = entry->port,
+	};
+	memcpy(route->subnet, &entry->subnet, 16);
+	memcpy(route->underlay, &entry->underlay, 16);
+	memcpy(route->mac, entry->mac, ETH_ALEN);
+	memcpy(route->previous_mac, entry->previous_mac, ETH_ALEN);
+}
+
+/* Sections of Python's own look-ups; the lock lets several threads share one reader. */
+static void caller_enter(struct fp_ctx *ctx)
+{
+	pthread_mutex_lock(&ctx->lock);
+	fib_enter(ctx->fib, &ctx->caller);
+}
+
+static void caller_leave(struct fp_ctx *ctx)
+{
+	fib_leave(&ctx->caller);
+	pthread_mutex_unlock(&ctx->lock);
+}
+
+/**
+ * fp_route_lookup() - The route that a packet to @address would take
+ *
+ * Return: 0 and @found written, or ESRCH
+ */
+int fp_route_lookup(struct fp_ctx *ctx, const uint8_t *address, struct fp_route *found)
+{
+	struct inet_address key = address_of(address);
+	const struct fib_entry *entry;
+
+	caller_enter(ctx);
+	entry = fib_lookup(ctx->fib, &key);
+	if (entry)
+		route_of(entry, found);
+	caller_leave(ctx);
+	return entry ? 0 : ESRCH;
+}
+
+/** fp_route_count() - Number of routes */
+size_t fp_route_count(struct fp_ctx *ctx)
+{
+	return fib_count(ctx->fib);
+}
+
+struct traffic_copy {
+	struct fp_peer_traffic *into;
+	size_t capacity;
+	size_t count;
+};
+
+static void copy_traffic(const struct fib_entry *entry, void *arg)
+{
+	struct traffic_copy *copy = arg;
+	struct fp_peer_traffic *into = copy->into + copy->count;
+
+	if (copy->count == copy->capacity)
+		return;
+	copy->count++;
+	memcpy(into->subnet, &entry->subnet, 16);
+	into->subnet_len = entry->subnet_length;
+	into->traffic = (struct fp_traffic){
+		.encap_packets = entry->traffic->encap_packets,
+		.encap_bytes = entry->traffic->encap_bytes,
+		.decap_packets = entry->traffic->decap_packets,
+		.decap_bytes = entry->traffic->decap_bytes,
+	};
+	into->drops = entry->traffic->drops;
+}
+
+/**
+ * fp_peers_traffic() - Counters of up to @capacity peers
+ *
+ * Return: how many were written
+ */
+size_t fp_peers_traffic(struct fp_ctx *ctx, struct fp_peer_traffic *into, size_t capacity)
+{
+	struct traffic_copy copy = { into, capacity, 0 };
+
+	fib_each(ctx->fib, copy_traffic, &copy);
+	return copy.count;
+}
+
+/** fp_counters_read() - Sum of the counters of all workers, past ones included */
+void fp_counters_read(struct fp_ctx *ctx, struct fp_counters *into)
+{
+	pthread_mutex_lock(&ctx->lock);
+	*into = ctx->gone;
+	for (struct fp_worker *worker = ctx->workers; worker; worker = worker_next(worker))
+		worker_add_counters(worker, into);
+	pthread_mutex_unlock(&ctx->lock);
+}
+
+/**
+ * fp_suspects_take() - Packets that failed a source check since the last call
+ *
+ * Return: how many were written; floods are sampled, the counters are complete
+ */
+size_t fp_suspects_take(struct fp_ctx *ctx, struct fp_suspect *into, size_t capacity)
+{
+	size_t count = 0;
+
+	pthread_mutex_lock(&ctx->lock);
+	for (struct fp_worker *worker = ctx->workers; worker; worker = worker_next(worker))
+		count += worker_take_suspects(worker, into + count, capacity - count);
+	pthread_mutex_unlock(&ctx->lock);
+	return count;
+}
+
+/**
+ * fp_decap_check() - Decapsulate one datagram without I/O, for tests and diagnosis
+ *
+ * Return: -1 and the inner packet's place, or the drop reason
+ */
+int fp_decap_check(struct fp_ctx *ctx, uint8_t *datagram, size_t length, const uint8_t *outer_source,
+		   uint8_t outer_tos, size_t *inner_offset, size_t *inner_length)
+{
+	struct inet_address source = address_of(outer_source);
+	struct decap out;
+
+	caller_enter(ctx);
+	decap_datagram(ctx, datagram, length, &source, outer_tos, &out);
+	caller_leave(ctx);
+	if (out.drop < 0) {
+		*inner_offset = (size_t)(out.packet - datagram);
+		*inner_length = out.length;
+	}
+	return out.drop;
+}
+
+/**
+ * fp_encap_check() - Encapsulate one packet without I/O, for tests and diagnosis
+ * @header: 22 bytes: what is pushed in front of the packet
+ *
+ * Return: -1 and all of the results, or the drop reason
+ */
+int fp_encap_check(struct fp_ctx *ctx, const uint8_t *packet, size_t length, uint8_t *header,
+		   uint8_t *outer_tos, uint32_t *flow, struct fp_route *found)
+{
+	struct encap out;
+
+	caller_enter(ctx);
+	encap_packet(ctx, packet, length, &out);
+	if (out.drop < 0) {
+		memcpy(header, &out.peer->push, sizeof(out.peer->push));
+		*outer_tos = out.outer_tos;
+		*flow = out.hash;
+		route_of(out.peer, found);
+	}
+	caller_leave(ctx);
+	return out.drop;
+}

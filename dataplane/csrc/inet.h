@@ -1,0 +1,120 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Wire formats of the inner and outer headers, and their fields in host order.
+ */
+#ifndef PYFLANNEL_INET_H
+#define PYFLANNEL_INET_H
+
+#include <assert.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+/* A field in network order: bytes, so that it has no alignment and cannot be read by accident. */
+typedef struct {
+	uint8_t octet[2];
+} be16;
+typedef struct {
+	uint8_t octet[4];
+} be32;
+
+static inline uint16_t get_be16(be16 field)
+{
+	return (uint16_t)(field.octet[0] << 8 | field.octet[1]);
+}
+
+static inline be16 put_be16(uint16_t value)
+{
+	return (be16){ { (uint8_t)(value >> 8), (uint8_t)value } };
+}
+
+#define ETH_ALEN 6
+#define ETHERTYPE_IPV4 0x0800
+#define ETHERTYPE_IPV6 0x86dd
+
+struct eth_header {
+	uint8_t destination[ETH_ALEN];
+	uint8_t source[ETH_ALEN];
+	be16 type;
+};
+static_assert(sizeof(struct eth_header) == 14, "Ethernet II header");
+
+#define IPV4_MORE_OR_OFFSET 0x3fff
+
+/* RFC 791, section 3.1 */
+struct ipv4_header {
+	uint8_t version_ihl;
+	uint8_t tos;
+	be16 total_length;
+	be16 id;
+	be16 fragment;
+	uint8_t ttl;
+	uint8_t protocol;
+	be16 checksum;
+	uint8_t source[4];
+	uint8_t destination[4];
+};
+static_assert(sizeof(struct ipv4_header) == 20, "IPv4 header without options");
+
+/* RFC 8200, section 3 */
+struct ipv6_header {
+	uint8_t version_class;
+	uint8_t class_label;
+	be16 label;
+	be16 payload_length;
+	uint8_t next_header;
+	uint8_t hop_limit;
+	uint8_t source[16];
+	uint8_t destination[16];
+};
+static_assert(sizeof(struct ipv6_header) == 40, "IPv6 header");
+
+/* An address of either family: IPv6, or IPv4 as ::ffff:a.b.c.d. */
+struct inet_address {
+	uint8_t octet[16];
+};
+
+#define INET_MAPPED_BITS 96
+
+static inline struct inet_address inet_from_ipv4(const uint8_t octets[4])
+{
+	struct inet_address address = { { [10] = 0xff, [11] = 0xff } };
+
+	memcpy(address.octet + 12, octets, 4);
+	return address;
+}
+
+static inline bool inet_is_ipv4(const struct inet_address *address)
+{
+	static const uint8_t mapped[12] = { [10] = 0xff, [11] = 0xff };
+
+	return memcmp(address->octet, mapped, sizeof(mapped)) == 0;
+}
+
+static inline bool inet_equal(const struct inet_address *a, const struct inet_address *b)
+{
+	return memcmp(a, b, sizeof(*a)) == 0;
+}
+
+/* Clear every bit behind the first @length bits. */
+static inline struct inet_address inet_mask(struct inet_address address, unsigned int length)
+{
+	for (unsigned int i = 0; i < sizeof(address.octet); i++) {
+		unsigned int kept = length > 8 * i ? length - 8 * i : 0;
+
+		if (kept < 8)
+			address.octet[i] &= (uint8_t)(0xff00 >> kept);
+	}
+	return address;
+}
+
+static inline bool inet_in(const struct inet_address *address, const struct inet_address *prefix,
+			   unsigned int length)
+{
+	struct inet_address masked = inet_mask(*address, length);
+
+	return inet_equal(&masked, prefix);
+}
+
+#endif

@@ -1,0 +1,11 @@
+"""The one exception that ends a start: the host, the operator or the configuration says no.
+
+A leaf: it knows nothing of sockets, etcd or exit codes. The command line turns it into one line
+on stderr and exit code 1.
+"""
+
+from __future__ import annotations
+
+
+class Refusal(Exception):
+    """A start cannot go on; `str()` is one sentence that names the thing and the remedy."""

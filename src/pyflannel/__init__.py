@@ -1,0 +1,5 @@
+"""pyflannel-udp: a flannel VXLAN node that needs no kernel vxlan device.
+
+`cli` and `options` read the command line, `daemon` composes the two planes, `log`, `health` and
+`notify` tell the operator. The planes are `pyflannel.control` and `pyflannel.dataplane`.
+"""
