@@ -1,0 +1,85 @@
+"""subnet.env, which the CNI plugin and Docker read: written atomically, read back at start.
+
+It knows the file's format (spec section 11) and nothing of who needs it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from dataclasses import dataclass
+from ipaddress import IPv4Network, IPv6Network
+from pathlib import Path
+
+from pyflannel.control.lease import LeaseSubnet
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class SubnetFile:
+    """The content of subnet.env; `mtu` in bytes, of packets inside the overlay."""
+
+    network: IPv4Network
+    subnet: IPv4Network
+    mtu: int
+    ip_masq: bool
+
+    def render(self) -> str:
+        """Return the text, byte for byte as flannel writes it."""
+        return (
+            f"FLANNEL_NETWORK={self.network}\n"
+            f"FLANNEL_SUBNET={self.subnet.network_address + 1}/{self.subnet.prefixlen}\n"
+            f"FLANNEL_MTU={self.mtu}\n"
+            f"FLANNEL_IPMASQ={'true' if self.ip_masq else 'false'}\n"
+        )
+
+
+def write_atomically(path: Path, content: bytes, mode: int) -> None:
+    """Replace a file so that a reader sees the old or the new text; OSError if it cannot be."""
+    path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    fd, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with open(fd, "wb") as file:
+            os.fchmod(fd, mode)
+            file.write(content)
+            file.flush()
+            os.fsync(fd)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def write_subnet_file(path: Path, content: SubnetFile) -> None:
+    """Write subnet.env with mode 0644 whatever the umask."""
+    write_atomically(path, content.render().encode(), 0o644)
+
+
+def _variables_untrusted(text: str) -> dict[str, str]:
+    """Read dotenv lines: comments, quotes and `export ` are tolerated."""
+    found = {}
+    for line in text.splitlines():
+        name, equals, value = line.strip().partition("=")
+        name = name.removeprefix("export ").strip()
+        if equals and not name.startswith("#"):
+            found[name] = value.strip().strip("\"'")
+    return found
+
+
+def read_previous_subnet(path: Path) -> LeaseSubnet | None:
+    """Return the subnet of the last run, None when there is none that can be used."""
+    try:
+        found = _variables_untrusted(path.read_text(encoding="utf-8"))
+        text, text6 = found.get("FLANNEL_SUBNET", ""), found.get("FLANNEL_IPV6_SUBNET", "")
+        if not text:
+            return None
+        return LeaseSubnet(
+            IPv4Network(text, strict=False), IPv6Network(text6, strict=False) if text6 else None
+        )
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        log.warning("%s: previous subnet not used: %s", path, error)
+        return None
