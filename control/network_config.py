@@ -140,7 +140,9 @@ def _subnet_length(
     length = config.number(key, 0, 0, 255)
     if length == 0:
         if prefix > longest - 2:
-            raise config.fail(network_key, f"is too small: its length must be at most {longest - 2}")
+            raise config.fail(
+                network_key, f"is too small: its length must be at most {longest - 2}"
+            )
         return default if prefix <= default - 2 else prefix + 2
     if length > longest:
         raise config.fail(key, f"must be at most {longest}")

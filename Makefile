@@ -1,0 +1,29 @@
+# Two commands for a newcomer: `sudo make demo` and `sudo make test`; each sets up all it needs.
+
+PYTHON := .venv/bin/python
+
+.PHONY: setup demo test lint format clean
+
+setup:
+	bash .ci/setup
+
+demo: setup
+	$(PYTHON) -m bench.demo
+
+test: setup
+	$(PYTHON) -m pytest
+
+lint: setup
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy -p pyflannel
+	.venv/bin/mypy tests bench
+	clang-format --dry-run -Werror $$(git ls-files '*.c' '*.h' ':!:dataplane/_fastpath_abi.h')
+
+format: setup
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+	clang-format -i $$(git ls-files '*.c' '*.h' ':!:dataplane/_fastpath_abi.h')
+
+clean:
+	rm -rf .venv build dist src/*.egg-info dataplane/*.so .mypy_cache .ruff_cache .pytest_cache

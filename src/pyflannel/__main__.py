@@ -1,0 +1,7 @@
+"""`python -m pyflannel` is `pyflannel-udp`."""
+
+import sys
+
+from pyflannel.cli import main
+
+sys.exit(main())

@@ -1,0 +1,54 @@
+"""The command `pyflannel-udp`: argv to options to daemon, errors to one line and an exit code.
+
+Exit codes: 0 stopped by a signal, help or version; 1 a start that was refused; 2 usage.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+
+from pyflannel.dataplane.refusal import Refusal
+from pyflannel.log import set_up_log
+from pyflannel.options import HelpRequested, UsageError, VersionRequested, parse_options
+
+log = logging.getLogger(__name__)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    try:
+        options = parse_options(sys.argv[1:] if argv is None else argv, os.environ)
+    except HelpRequested as text:
+        print(text)
+        return 0
+    except VersionRequested:
+        print(version("pyflannel-udp"), file=sys.stderr)
+        return 0
+    except UsageError as error:
+        print(f"pyflannel-udp: {error}; see pyflannel-udp --help", file=sys.stderr)
+        return 2
+    except Refusal as error:
+        print(f"pyflannel-udp: {error}", file=sys.stderr)
+        return 1
+    set_up_log(options.v, options.log_format)
+    for note in options.notes:
+        log.warning("%s", note)
+    try:
+        if options.kube_subnet_mgr:
+            raise Refusal(
+                "--kube-subnet-mgr: this version takes its network from etcd only; drop the flag "
+                "and set --etcd-endpoints, or run flanneld on this node"
+            )
+        # The compiled fast path is needed from here on, not for help and usage errors.
+        import uvloop
+
+        from pyflannel.daemon import run
+
+        return uvloop.run(run(options))
+    except Refusal as error:
+        log.error("%s", error)
+        return 1

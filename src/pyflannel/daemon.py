@@ -1,0 +1,413 @@
+"""Composes the two planes: start order, READY, supervision, shutdown.
+
+Start: configuration from etcd -> interface -> leftover kernel device -> sockets, TUN -> own lease
+-> address, MTU -> FIB and routes of the first snapshot -> forwarding -> subnet.env -> READY. Each
+step pushes its undo; leaving is this list read backwards. Like flannel we leave the device, its
+address and routes, the lease and subnet.env behind on a clean exit; a start that fails leaves
+nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import random
+import signal
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv4Network
+from pathlib import Path
+from typing import TypeVar
+
+from pyflannel import metrics
+from pyflannel.control.etcd import Etcd, EtcdTls, EtcdUnavailable
+from pyflannel.control.lease import (
+    BadLease,
+    Lease,
+    config_key,
+    parse_lease_untrusted,
+    subnets_prefix,
+)
+from pyflannel.control.lease_keeper import LeaseKeeper, OwnIdentity
+from pyflannel.control.lease_table import LeaseTable
+from pyflannel.control.network_config import NetworkConfig, parse_network_config_untrusted
+from pyflannel.control.route_sync import RouteSync
+from pyflannel.control.subnet_file import SubnetFile, read_previous_subnet, write_subnet_file
+from pyflannel.control.vtep_identity import load_vtep_mac, pick_vtep_mac, save_vtep_mac
+from pyflannel.dataplane.fastpath import AntiSpoofing, Context, FastpathConfig
+from pyflannel.dataplane.forwarder import Forwarder
+from pyflannel.dataplane.interface import Choice, choose_interface
+from pyflannel.dataplane.netlink import Link, Netlink
+from pyflannel.dataplane.refusal import Refusal
+from pyflannel.dataplane.route import Delete, IPNetwork, MacAddress, Replace, RouteChange
+from pyflannel.dataplane.tun import Tun
+from pyflannel.dataplane.underlay import Underlay
+from pyflannel.health import HealthServer, Readiness
+from pyflannel.notify import notify
+from pyflannel.options import Options, unserved_flags
+from pyflannel.suspects import report_suspects
+
+log = logging.getLogger(__name__)
+
+OVERHEAD_BYTES = 50
+"""Outer IPv4, UDP, VXLAN and inner Ethernet header, counted against the underlay MTU."""
+
+RETRY_SECONDS = 1.0
+REMIND_EVERY = 60
+MACHINE_ID = Path("/etc/machine-id")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Underlying:
+    """The interface that carries the overlay, and the address that peers are told."""
+
+    choice: Choice
+    public_ip: IPv4Address
+    mtu: int
+
+
+class HostRoutes:
+    """Applies route changes to the FIB first, then to the kernel, so that no packet is early."""
+
+    def __init__(self, context: Context, netlink: Netlink, device: str) -> None:
+        self._context = context
+        self._netlink = netlink
+        self._device = device
+
+    async def apply(self, changes: Sequence[RouteChange]) -> None:
+        """Program changes in order; a route the kernel refuses is logged, the others stand."""
+        kernel: dict[IPNetwork, bool] = {}
+        for change in changes:
+            if isinstance(change, Replace):
+                self._context.replace(change.route)
+                kernel[change.route.subnet] = True
+            else:
+                assert isinstance(change, Delete)
+                kernel[change.subnet] = False
+        replaced = [x for x, wanted in kernel.items() if wanted and isinstance(x, IPv4Network)]
+        deleted = [x for x, wanted in kernel.items() if not wanted and isinstance(x, IPv4Network)]
+        failed = await self._netlink.apply_routes(self._device, replaced, deleted)
+        for subnet in deleted:
+            self._context.delete(subnet)
+        for subnet, err in failed:
+            log.error("kernel route to %s: %s", subnet, os.strerror(err))
+
+
+async def _until_etcd_answers(what: str, attempt: Callable[[], Awaitable[T | None]]) -> T:
+    """Repeat a read until it gives something; say why not at once and then every minute."""
+    failures = 0
+    while True:
+        why = "is not there yet"
+        try:
+            found = await attempt()
+            if found is not None:
+                return found
+        except EtcdUnavailable as error:
+            why = f"cannot be read: {error}"
+        if failures % REMIND_EVERY == 0:
+            log.warning("%s %s; trying again every %.0f s", what, why, RETRY_SECONDS)
+        failures += 1
+        await asyncio.sleep(RETRY_SECONDS)
+
+
+def _check_supported(config: NetworkConfig, key: str) -> None:
+    if config.enable_ipv6:
+        raise Refusal(
+            f"{key}: EnableIPv6 true: this version carries IPv4 only; set EnableIPv6 to false"
+        )
+    if config.backend.direct_routing:
+        log.warning("DirectRouting is not applied: packets to every peer are encapsulated")
+    if config.backend.learning:
+        log.warning("Learning is ignored: peers are known from etcd")
+
+
+async def _choose_underlay(options: Options, netlink: Netlink, config: NetworkConfig) -> Underlying:
+    reachable = None
+    if options.iface_can_reach is not None:
+        reachable = await netlink.route_to(options.iface_can_reach)
+    choice = choose_interface(
+        await netlink.interfaces(),
+        names=options.iface,
+        regexes=options.iface_regex,
+        can_reach=options.iface_can_reach,
+        public_ip=options.public_ip,
+        default_route_name=await netlink.default_route_interface(),
+        reach=lambda _: reachable,
+    )
+    log.info("Using interface with name %s and address %s", choice.name, choice.address)
+    log.info("Chose %s because %s", choice.name, choice.why)
+    if options.public_ip is None:
+        log.info("Defaulting external address to interface address (%s)", choice.address)
+    else:
+        log.info("Using %s as external address", options.public_ip)
+    mtu = choice.mtu
+    if config.backend.mtu is not None:
+        if config.backend.mtu > mtu:
+            log.warning("Backend.MTU %d is above %s's %d", config.backend.mtu, choice.name, mtu)
+        mtu = min(mtu, config.backend.mtu)
+    if mtu <= OVERHEAD_BYTES:
+        raise Refusal(
+            f"an outer MTU of {mtu} leaves no room for packets; check Backend.MTU and {choice.name}"
+        )
+    return Underlying(choice, options.public_ip or choice.address, mtu - OVERHEAD_BYTES)
+
+
+async def _remove_kernel_device(options: Options, netlink: Netlink, device: str) -> Link | None:
+    """Return the kernel's vxlan device of our name after deleting it, None if there is none."""
+    link = await netlink.link(device)
+    if link is None or link.kind == "tun":
+        return None
+    if link.kind != "vxlan":
+        raise Refusal(
+            f"{device} exists and is a {link.kind} device; remove it: ip link del {device}"
+        )
+    if not options.replace_kernel_device:
+        raise Refusal(
+            f"{device} is a kernel vxlan device left by flanneld and holds our name and UDP port; "
+            f"stop flanneld, then `ip link del {device}` or start with --replace-kernel-device"
+        )
+    await netlink.delete_link(device)
+    log.warning("deleted the kernel vxlan device %s (--replace-kernel-device)", device)
+    return link
+
+
+def _lease_mac(leases: Sequence[Lease], public_ip: IPv4Address) -> MacAddress | None:
+    for lease in leases:
+        if lease.attributes.public_ip == public_ip and lease.attributes.vtep is not None:
+            return lease.attributes.vtep.mac
+    return None
+
+
+class Daemon:
+    """One node of one network, from start to exit."""
+
+    def __init__(self, options: Options, stack: contextlib.AsyncExitStack) -> None:
+        self._options = options
+        self._stack = stack
+        self._readiness = Readiness()
+        self._lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._context: Context | None = None
+        self._table: LeaseTable | None = None
+
+    async def start_and_run(self) -> None:
+        """Bring the node up and keep it up; returns never, raises Refusal."""
+        options, stack = self._options, self._stack
+        for sentence in unserved_flags(options):
+            log.warning("%s", sentence)
+        await self._serve_health()
+        etcd = Etcd(
+            options.etcd_endpoints,
+            tls=EtcdTls(options.etcd_cafile, options.etcd_certfile, options.etcd_keyfile),
+            username=options.etcd_username,
+            password=options.etcd_password,
+        )
+        stack.push_async_callback(etcd.close)
+        config = await self._read_config(etcd)
+        netlink = await stack.enter_async_context(Netlink())
+        underlying = await _choose_underlay(options, netlink, config)
+        device = f"flannel.{config.backend.vni}"
+        kernel_link = await _remove_kernel_device(options, netlink, device)
+
+        holders = await netlink.vxlan_devices_on_port(config.backend.port)
+        underlay = Underlay.open(
+            underlying.choice.name,
+            underlying.choice.address,
+            config.backend.port,
+            options.source_ports,
+            vxlan_devices=holders,
+        )
+        stack.callback(underlay.close)
+        tun = Tun.open(device)
+        stack.callback(tun.close)
+        undo = stack.enter_context(contextlib.ExitStack())
+        if tun.created:
+            undo.callback(tun.delete)
+
+        mac = await self._own_mac(etcd, device, underlying.public_ip, kernel_link)
+        keeper = LeaseKeeper(
+            etcd,
+            options.etcd_prefix,
+            config,
+            OwnIdentity(underlying.public_ip, mac, read_previous_subnet(options.subnet_file)),
+            options.subnet_lease_renew_margin * 60,
+            random.SystemRandom(),
+            self._readiness,
+        )
+        lease = await keeper.acquire()
+        assert config.network is not None
+        context = Context(
+            FastpathConfig(
+                vni=config.backend.vni,
+                mac=mac,
+                network=config.network,
+                anti_spoofing=AntiSpoofing[options.anti_spoofing.upper()],
+                ignore_reserved_bits=options.reserved_bits == "ignore",
+                peer_sources=options.peer_source,
+            )
+        )
+        stack.callback(context.close)
+        self._context = context
+        forwarder = Forwarder(context, self._on_tun_lost)
+        stack.callback(forwarder.close)
+
+        table = LeaseTable(underlying.public_ip, config.network, config.backend.port)
+        self._table = table
+        sink = HostRoutes(context, netlink, device)
+
+        async def adopt(own: Lease) -> None:
+            subnet = own.subnet.ipv4
+            await sink.apply(table.set_own_subnet(subnet))
+            await netlink.configure_device(
+                device,
+                subnet.network_address,
+                underlying.mtu,
+                options.tun_queue_length,
+                config.network,
+            )
+            self._write_subnet_file(config, subnet, underlying.mtu)
+
+        sync = RouteSync(etcd, options.etcd_prefix, table, sink)
+        table.set_own_subnet(lease.subnet.ipv4)
+        await netlink.configure_device(
+            device,
+            lease.subnet.ipv4.network_address,
+            underlying.mtu,
+            options.tun_queue_length,
+            config.network,
+        )
+        await sync.first_snapshot()
+        wanted = [x.subnet for x in table.routes() if isinstance(x.subnet, IPv4Network)]
+        _added, removed = await netlink.sync_routes(device, wanted)
+        log.info("Routes on %s: %d peers, %d stale removed", device, len(wanted), removed)
+        forwarder.start(tun.fd, underlay.receive_fd, underlay.send_fds)
+        self._write_subnet_file(config, lease.subnet.ipv4, underlying.mtu)
+        undo.pop_all()
+        self._readiness.clear("starting")
+        notify("READY=1")
+        log.info("Running backend.")
+        await self._supervise(
+            keeper.run(adopt),
+            sync.run(),
+            report_suspects(context, table.leases, dropped=options.anti_spoofing == "enforce"),
+        )
+
+    async def _serve_health(self) -> None:
+        options = self._options
+        ports = {options.healthz_port, options.metrics_port} - {0}
+        for port in sorted(ports):
+            server = HealthServer(self._readiness, str(options.healthz_ip), port, self._metrics)
+            await server.start()
+            self._stack.push_async_callback(server.close)
+
+    def _metrics(self) -> bytes:
+        return metrics.render(self._context, self._table, self._readiness)
+
+    async def _read_config(self, etcd: Etcd) -> NetworkConfig:
+        key = config_key(self._options.etcd_prefix)
+
+        async def read() -> bytes | None:
+            reading = await etcd.get(key)
+            return reading.kv.value if reading.kv is not None else None
+
+        text = await _until_etcd_answers(f"etcd key {key}", read)
+        config = parse_network_config_untrusted(text)
+        _check_supported(config, key)
+        backend = config.backend
+        log.info("Found network config - Backend type: vxlan")
+        log.info(
+            "VXLAN config: VNI=%d Port=%d GBP=false Learning=%s DirectRouting=%s",
+            backend.vni,
+            backend.port,
+            str(backend.learning).lower(),
+            str(backend.direct_routing).lower(),
+        )
+        return config
+
+    async def _own_mac(
+        self, etcd: Etcd, device: str, public_ip: IPv4Address, kernel_link: Link | None
+    ) -> MacAddress:
+        path = self._options.state_dir / f"{device}.json"
+        machine_id = MACHINE_ID.read_text().strip() if MACHINE_ID.exists() else ""
+
+        async def read() -> Sequence[Lease]:
+            snapshot = await etcd.snapshot(subnets_prefix(self._options.etcd_prefix))
+            leases = []
+            for kv in snapshot.kvs:
+                with contextlib.suppress(BadLease):
+                    leases.append(parse_lease_untrusted(kv))
+            return leases
+
+        leases = await _until_etcd_answers("the list of leases in etcd", read)
+        mac, origin = pick_vtep_mac(
+            load_vtep_mac(path, machine_id),
+            kernel_link.mac if kernel_link is not None else None,
+            _lease_mac(leases, public_ip),
+            os.urandom,
+        )
+        try:
+            save_vtep_mac(path, machine_id, mac)
+        except OSError as error:
+            raise Refusal(
+                f"{path}: cannot keep the VTEP MAC ({error.strerror}); "
+                "make the folder writable or choose another with --state-dir"
+            ) from error
+        log.info("VTEP MAC %s (%s)", mac, origin)
+        return mac
+
+    def _write_subnet_file(self, config: NetworkConfig, subnet: IPv4Network, mtu: int) -> None:
+        path = self._options.subnet_file
+        assert config.network is not None
+        try:
+            write_subnet_file(
+                path,
+                SubnetFile(
+                    network=config.network, subnet=subnet, mtu=mtu, ip_masq=self._options.ip_masq
+                ),
+            )
+        except OSError as error:
+            raise Refusal(
+                f"{path}: cannot be written ({error.strerror}); choose another with --subnet-file"
+            ) from error
+        log.info("Wrote subnet file to %s", path)
+
+    def _on_tun_lost(self, error: OSError) -> None:
+        if not self._lost.done():
+            self._lost.set_exception(
+                Refusal(f"{error.strerror}: somebody deleted it; restart pyflannel-udp")
+            )
+
+    async def _supervise(self, *work: Awaitable[None]) -> None:
+        """Run until one of the tasks fails; none of them ends by itself."""
+        tasks = [asyncio.ensure_future(x) for x in work]
+        try:
+            done, _ = await asyncio.wait([*tasks, self._lost], return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def run(options: Options) -> int:
+    """Run the node until SIGTERM or SIGINT; return the exit code."""
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    async with contextlib.AsyncExitStack() as stack:
+        daemon = asyncio.ensure_future(Daemon(options, stack).start_and_run())
+        stopped = asyncio.ensure_future(stop.wait())
+        await asyncio.wait([daemon, stopped], return_when=asyncio.FIRST_COMPLETED)
+        stopped.cancel()
+        if daemon.done():
+            daemon.result()
+        notify("STOPPING=1")
+        daemon.cancel()
+        await asyncio.gather(daemon, return_exceptions=True)
+        log.info("Exiting cleanly...")
+    return 0
