@@ -13,6 +13,7 @@ from enum import Enum
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
 from pyflannel.dataplane._fastpath import ffi, lib
+
 from pyflannel.dataplane.route import IPAddress, IPNetwork, MacAddress, Route, Vni
 
 PUSH_BYTES = 22

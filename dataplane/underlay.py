@@ -1,0 +1,228 @@
+"""The UDP sockets of the underlay and the lock that keeps a second daemon off the same port.
+
+It does not know VXLAN, peers or offloads; it opens descriptors, and the fast path moves packets.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import socket
+import struct
+from collections.abc import Collection
+from contextlib import ExitStack
+from ipaddress import IPv4Address
+from pathlib import Path
+
+from pyflannel.dataplane.refusal import Refusal
+
+_BUFFER_BYTES = 8 << 20
+_TTL = 64
+
+# asm-generic/socket.h
+_SO_ATTACH_FILTER = 26
+_SO_SNDBUFFORCE = 32
+_SO_RCVBUFFORCE = 33
+# linux/in.h; the socket module has these names only in some Python versions
+_IP_MTU_DISCOVER = 10
+_IP_PMTUDISC_DONT = 0
+
+_BPF_RETURN_CONSTANT = 0x06
+
+# Not /proc/net, which is that of the process: a thread may be in another network namespace.
+_PROC_NET = Path("/proc/thread-self/net")
+
+
+class Underlay:
+    """One receive socket on the VXLAN port, several send sockets, and the instance lock.
+
+    All descriptors are IPv4, non-blocking, and owned by this object.
+    """
+
+    __slots__ = ("_closing", "receive_fd", "send_fds")
+
+    def __init__(self, receive_fd: int, send_fds: tuple[int, ...], closing: ExitStack) -> None:
+        self.receive_fd = receive_fd
+        self.send_fds = send_fds
+        self._closing = closing
+
+    @classmethod
+    def open(
+        cls,
+        interface_name: str,
+        address: IPv4Address,
+        port: int,
+        send_sockets: int,
+        *,
+        vxlan_devices: Collection[str] = (),
+    ) -> Underlay:
+        """Bind `port` on every address, and `send_sockets` sockets on `address` of the interface.
+
+        `vxlan_devices` names the kernel vxlan devices that are up on `port`; they are named in
+        the refusal when the port is taken. Raises Refusal when the host says no, and then leaves
+        nothing open.
+        """
+        with ExitStack() as opened:
+            opened.enter_context(_instance_lock(port))
+            receive = opened.enter_context(_receive_socket(port, vxlan_devices))
+            send = [
+                opened.enter_context(_send_socket(interface_name, address))
+                for _ in range(send_sockets)
+            ]
+            return cls(receive.fileno(), tuple(s.fileno() for s in send), opened.pop_all())
+
+    def close(self) -> None:
+        """Close every socket and release the lock; idempotent."""
+        self._closing.close()
+
+
+def _instance_lock(port: int) -> socket.socket:
+    """Hold `@pyflannel-udp/<port>`, an abstract name and so one per network namespace."""
+    name = f"pyflannel-udp/{port}"
+    lock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        lock.bind(f"\0{name}")
+    except OSError as error:
+        lock.close()
+        if error.errno != errno.EADDRINUSE:
+            raise
+        raise Refusal(
+            f"another pyflannel-udp{_in_brackets(_processes(_unix_inodes('@' + name)))} already "
+            f"serves UDP port {port} in this network namespace: stop it first"
+        ) from None
+    return lock
+
+
+def _receive_socket(port: int, vxlan_devices: Collection[str]) -> socket.socket:
+    receive = _udp_socket()
+    try:
+        # ECN of the outer header arrives as ancillary data (RFC 6040)
+        receive.setsockopt(socket.IPPROTO_IP, socket.IP_RECVTOS, 1)
+        _set_buffer(receive, _SO_RCVBUFFORCE, socket.SO_RCVBUF)
+        receive.bind(("", port))
+    except OSError as error:
+        receive.close()
+        if error.errno == errno.EADDRINUSE:
+            raise _port_taken(port, vxlan_devices) from None
+        if error.errno == errno.EACCES:
+            raise Refusal(
+                f"binding UDP port {port} is not permitted: run as root or with "
+                "CAP_NET_BIND_SERVICE"
+            ) from None
+        raise
+    return receive
+
+
+def _send_socket(interface_name: str, address: IPv4Address) -> socket.socket:
+    send = _udp_socket()
+    try:
+        # Before bind: nothing that is sent to our source port may queue up here.
+        _drop_all_received(send)
+        send.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, interface_name.encode())
+        # The kernel's vxlan device leaves DF clear; the default of a socket sets it.
+        send.setsockopt(socket.IPPROTO_IP, _IP_MTU_DISCOVER, _IP_PMTUDISC_DONT)
+        send.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, _TTL)
+        _set_buffer(send, _SO_SNDBUFFORCE, socket.SO_SNDBUF)
+        send.bind((str(address), 0))
+    except OSError as error:
+        send.close()
+        if error.errno == errno.ENODEV:
+            raise Refusal(
+                f"the underlay interface {interface_name} does not exist: correct --iface"
+            ) from None
+        if error.errno == errno.EADDRNOTAVAIL:
+            raise Refusal(
+                f"{address} is not an address of this host, so nothing can be sent from it: "
+                f"put it on {interface_name} or correct --iface"
+            ) from None
+        if error.errno == errno.EPERM:
+            raise Refusal(
+                f"binding a socket to interface {interface_name} is not permitted: run as root "
+                "or with CAP_NET_RAW"
+            ) from None
+        raise
+    return send
+
+
+def _udp_socket() -> socket.socket:
+    return socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+
+
+def _set_buffer(udp: socket.socket, forced: int, limited: int) -> None:
+    try:
+        udp.setsockopt(socket.SOL_SOCKET, forced, _BUFFER_BYTES)
+    except PermissionError:
+        udp.setsockopt(socket.SOL_SOCKET, limited, _BUFFER_BYTES)
+
+
+def _drop_all_received(udp: socket.socket) -> None:
+    """Attach the classic BPF program `ret #0` (linux/filter.h: sock_filter, sock_fprog)."""
+    program = ctypes.create_string_buffer(struct.pack("HBBI", _BPF_RETURN_CONSTANT, 0, 0, 0), 8)
+    fprog = struct.pack("HP", 1, ctypes.addressof(program))
+    udp.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, fprog)
+
+
+def _port_taken(port: int, vxlan_devices: Collection[str]) -> Refusal:
+    if vxlan_devices:
+        name = min(vxlan_devices)
+        return Refusal(
+            f"UDP port {port} is held by the kernel vxlan device "
+            f"{', '.join(sorted(vxlan_devices))}: stop what made it (flanneld?) and delete it "
+            f"with `ip link delete {name}`"
+        )
+    processes = _processes(_udp_inodes(port))
+    if processes:
+        return Refusal(f"UDP port {port} is held by {', '.join(processes)}: stop it first")
+    return Refusal(
+        f"UDP port {port} is taken by the kernel or by a process that cannot be seen from here: "
+        f"look with `ss -uanp sport = :{port}` and `ip -d link show type vxlan` on the host"
+    )
+
+
+def _udp_inodes(port: int) -> set[str]:
+    """Inodes of the UDP sockets bound to the port, of both families (proc(5), /proc/net/udp)."""
+    inodes = set()
+    for table in ("udp", "udp6"):
+        for fields in _proc_net_rows(table):
+            if int(fields[1].rpartition(":")[2], 16) == port:
+                inodes.add(fields[9])
+    return inodes
+
+
+def _unix_inodes(name: str) -> set[str]:
+    return {fields[6] for fields in _proc_net_rows("unix") if fields[7:] == [name]}
+
+
+def _proc_net_rows(table: str) -> list[list[str]]:
+    try:
+        lines = (_PROC_NET / table).read_text(errors="replace").splitlines()
+    except OSError:
+        return []
+    return [line.split() for line in lines[1:]]
+
+
+def _processes(inodes: Collection[str]) -> list[str]:
+    """Name and pid of each visible process that has one of these sockets open."""
+    links = {f"socket:[{inode}]" for inode in inodes}
+    found = []
+    for process in sorted(Path("/proc").glob("[0-9]*"), key=lambda path: int(path.name)):
+        if _has_open(process, links):
+            try:
+                name = (process / "comm").read_text(errors="replace").strip()
+            except OSError:
+                continue
+            found.append(f"{name} (pid {process.name})")
+    return found
+
+
+def _has_open(process: Path, links: Collection[str]) -> bool:
+    try:
+        return any(os.readlink(fd) in links for fd in (process / "fd").iterdir())
+    except OSError:
+        # The process or a descriptor went away, or we may not look.
+        return False
+
+
+def _in_brackets(processes: list[str]) -> str:
+    return f" ({', '.join(processes)})" if processes else ""

@@ -1,0 +1,334 @@
+"""Hosts in network namespaces on a switch, with an etcd, our daemon or a kernel flannel node.
+
+    switch  pfu-xxxx-sw   bridge br0 192.168.77.1 (etcd listens here)
+              |        |        |
+            eth0     eth0     eth0      192.168.77.11, .12, .13
+            h1       h2       h3        each with a "container" c1.. behind cni0
+
+The underlay is wire-sized: segmentation and checksum offloads of every veth end are off, so frames
+are MTU-sized and every checksum is real.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from ipaddress import IPv4Address, IPv4Interface, IPv4Network
+from pathlib import Path
+from types import FrameType
+
+OFFLOADS = ("tx", "tso", "gso", "tx-udp-segmentation")
+ETCD_PORT = 2379
+PREFIX = "/coreos.com/network"
+UNDERLAY = IPv4Network("192.168.77.0/24")
+SWITCH_ADDRESS = UNDERLAY[1]
+DEADLINE_SECONDS = 30.0
+
+
+def run(*command: str, check: bool = True) -> str:
+    """Run a program, return its output; the error carries what it printed."""
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    if check and done.returncode:
+        raise RuntimeError(f"{' '.join(command)}: {done.stdout}{done.stderr}")
+    return done.stdout
+
+
+def wait_until(condition: Callable[[], bool], what: str, seconds: float = DEADLINE_SECONDS) -> None:
+    """Poll until a condition holds; AssertionError naming `what` otherwise."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"after {seconds:.0f} s still not: {what}")
+        time.sleep(0.05)
+
+
+@dataclass
+class Namespace:
+    """A network namespace and the processes that the lab started in it."""
+
+    name: str
+    processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    def exec(self, *command: str, check: bool = True) -> str:
+        """Run a program inside."""
+        return run("ip", "netns", "exec", self.name, *command, check=check)
+
+    def ip(self, *words: str, check: bool = True) -> str:
+        """Run `ip` inside."""
+        return run("ip", "-n", self.name, *words, check=check)
+
+    def start(self, *command: str, log: Path, env: dict[str, str] | None = None) -> int:
+        """Start a program inside; return its index in `processes`."""
+        with log.open("ab") as output:
+            process = subprocess.Popen(
+                ["ip", "netns", "exec", self.name, *command],
+                stdout=output,
+                stderr=output,
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, **(env or {})},
+            )
+        self.processes.append(process)
+        return len(self.processes) - 1
+
+    def stop(self, index: int, number: int = signal.SIGTERM) -> int:
+        """Send a signal to a started program and return its exit code."""
+        process = self.processes[index]
+        if process.poll() is None:
+            process.send_signal(number)
+        try:
+            return process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            return process.wait()
+
+    def close(self) -> None:
+        """Stop the programs and delete the namespace."""
+        for index in range(len(self.processes)):
+            self.stop(index)
+        run("ip", "netns", "del", self.name, check=False)
+
+
+@dataclass
+class Host(Namespace):
+    """A namespace with eth0 on the switch."""
+
+    address: IPv4Address = SWITCH_ADDRESS
+    folder: Path = Path()
+    container: Namespace | None = None
+
+    @property
+    def subnet_file(self) -> Path:
+        """Its subnet.env."""
+        return self.folder / "subnet.env"
+
+    @property
+    def log(self) -> Path:
+        """What its daemon wrote."""
+        return self.folder / "daemon.log"
+
+    def subnet_env(self) -> dict[str, str]:
+        """Return subnet.env's variables."""
+        pairs = (line.split("=", 1) for line in self.subnet_file.read_text().splitlines())
+        return {name: value for name, value in pairs}
+
+
+class Lab:
+    """A switch and hosts; everything is gone after `close`."""
+
+    def __init__(self) -> None:
+        self._stack = ExitStack()
+        self._tag = f"pfu-{secrets.token_hex(3)}"
+        self.folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix=self._tag)))
+        self.hosts: list[Host] = []
+        self.switch = Namespace(f"{self._tag}-sw")
+        self._add(self.switch)
+        self.switch.ip("link", "add", "br0", "type", "bridge")
+        self.switch.ip("addr", "add", f"{SWITCH_ADDRESS}/24", "dev", "br0")
+        self.switch.ip("link", "set", "br0", "up")
+        self.etcd: int | None = None
+
+    def _add(self, namespace: Namespace) -> None:
+        self._stack.callback(namespace.close)
+        run("ip", "netns", "add", namespace.name)
+        namespace.ip("link", "set", "lo", "up")
+        # Another netns must not keep the default of its parent.
+        namespace.exec("sysctl", "-qw", "net.ipv4.ip_forward=1")
+        for name in ("all", "default"):
+            namespace.exec("sysctl", "-qw", f"net.ipv4.conf.{name}.rp_filter=0")
+
+    def close(self) -> None:
+        """Stop and remove everything."""
+        self._stack.close()
+
+    def add_host(self) -> Host:
+        """Add a host with eth0 on the switch."""
+        number = len(self.hosts) + 1
+        folder = self.folder / f"h{number}"
+        folder.mkdir()
+        host = Host(f"{self._tag}-h{number}", address=UNDERLAY[10 + number], folder=folder)
+        self._add(host)
+        port = f"h{number}"
+        self._connect(host, "eth0", self.switch, port)
+        host.ip("addr", "add", f"{host.address}/24", "dev", "eth0")
+        host.ip("link", "set", "eth0", "up")
+        self.switch.ip("link", "set", port, "master", "br0", "up")
+        host.ip("route", "add", "default", "via", str(SWITCH_ADDRESS))
+        self.hosts.append(host)
+        return host
+
+    def _connect(self, a: Namespace, a_name: str, b: Namespace, b_name: str) -> None:
+        # fmt: off
+        run("ip", "link", "add", a_name, "netns", a.name, "type", "veth",
+            "peer", "name", b_name, "netns", b.name)
+        # fmt: on
+        for namespace, name in ((a, a_name), (b, b_name)):
+            words = [word for offload in OFFLOADS for word in (offload, "off")]
+            namespace.exec("ethtool", "-K", name, *words)
+
+    def start_etcd(self) -> None:
+        """Start etcd on the switch; its data survive `stop_etcd`."""
+        url, peer = f"http://{SWITCH_ADDRESS}:{ETCD_PORT}", f"http://{SWITCH_ADDRESS}:2380"
+        # fmt: off
+        self.etcd = self.switch.start(
+            "etcd", "--name", "lab", "--data-dir", str(self.folder / "etcd"),
+            "--listen-client-urls", url, "--advertise-client-urls", url,
+            "--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer,
+            "--initial-cluster", f"lab={peer}", log=self.folder / "etcd.log",
+            env={"ETCD_UNSUPPORTED_ARCH": "arm64"} if os.uname().machine == "aarch64" else None,
+        )
+        # fmt: on
+        wait_until(lambda: "is healthy" in self.etcdctl("endpoint", "health", check=False), "etcd up")
+
+    def etcdctl(self, *words: str, check: bool = True) -> str:
+        """Run etcdctl against the lab's etcd; standard error is part of the answer."""
+        done = subprocess.run(
+            ["ip", "netns", "exec", self.switch.name, "etcdctl"]
+            + [f"--endpoints=http://{SWITCH_ADDRESS}:{ETCD_PORT}", *words],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "ETCDCTL_API": "3"},
+            timeout=30,
+        )
+        if check and done.returncode:
+            raise RuntimeError(f"etcdctl {' '.join(words)}: {done.stderr}")
+        return done.stdout + done.stderr
+
+    def put_config(self, text: str | None = None) -> None:
+        """Write the network configuration."""
+        default = '{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}'
+        self.etcdctl("put", f"{PREFIX}/config", text or default)
+
+    def leases(self) -> dict[str, dict[str, object]]:
+        """Return the lease values by subnet key."""
+        lines = self.etcdctl("get", "--prefix", f"{PREFIX}/subnets/").splitlines()
+        return {
+            key.rsplit("/", 1)[1]: json.loads(value) for key, value in zip(lines[::2], lines[1::2])
+        }
+
+    def start_daemon(self, host: Host, *flags: str, wait: bool = True) -> int:
+        """Start pyflannel-udp on a host and wait until it is ready."""
+        before = host.log.read_text().count("Running backend.") if host.log.exists() else 0
+        # fmt: off
+        index = host.start(
+            sys.executable, "-m", "pyflannel", "--iface", "eth0",
+            "--etcd-endpoints", f"http://{SWITCH_ADDRESS}:{ETCD_PORT}",
+            "--subnet-file", str(host.subnet_file), "--state-dir", str(host.folder / "state"),
+            *flags, log=host.log,
+        )
+        # fmt: on
+        if wait:
+            wait_until(
+                lambda: host.log.read_text().count("Running backend.") > before
+                or host.processes[index].poll() is not None,
+                "daemon ready",
+            )
+            assert host.processes[index].poll() is None, host.log.read_text()
+        return index
+
+    def start_kernel_node(self, host: Host, subnet: IPv4Network, mac: str) -> None:
+        """Make a flannel node of the kernel's vxlan device, without peers yet."""
+        # fmt: off
+        host.ip("link", "add", "flannel.1", "address", mac, "type", "vxlan", "id", "1", "dev",
+                "eth0", "local", str(host.address), "dstport", "8472", "nolearning")
+        # fmt: on
+        host.ip("link", "set", "flannel.1", "mtu", "1450", "up")
+        host.ip("addr", "add", f"{subnet.network_address}/32", "dev", "flannel.1")
+        host.subnet_file.write_text(f"FLANNEL_SUBNET={subnet[1]}/24\nFLANNEL_MTU=1450\n")
+        data = {"VNI": 1, "VtepMAC": mac}
+        value = {
+            "PublicIP": str(host.address),
+            "PublicIPv6": None,
+            "BackendType": "vxlan",
+            "BackendData": data,
+        }
+        granted = self.etcdctl("lease", "grant", "86400").split()[1]
+        key = f"{PREFIX}/subnets/{subnet.network_address}-{subnet.prefixlen}"
+        self.etcdctl("put", f"--lease={granted}", key, json.dumps(value, separators=(",", ":")))
+
+    def program_kernel_node(self, host: Host) -> None:
+        """Program every other lease into a kernel node, in flanneld's order."""
+        for key, value in self.leases().items():
+            address = str(value["PublicIP"])
+            if address == str(host.address):
+                continue
+            base, length = key.split("-")
+            data = value["BackendData"]
+            assert isinstance(data, dict)
+            mac = data["VtepMAC"]
+            # fmt: off
+            host.ip("neigh", "replace", base, "lladdr", mac, "dev", "flannel.1", "nud", "permanent")
+            host.exec("bridge", "fdb", "replace", mac, "dev", "flannel.1", "dst", address,
+                      "self", "permanent")
+            host.ip("route", "replace", f"{base}/{length}", "via", base, "dev", "flannel.1",
+                    "onlink")
+            # fmt: on
+
+    def add_container(self, host: Host) -> Namespace:
+        """Put a container behind cni0, configured from subnet.env."""
+        env = host.subnet_env()
+        gateway, mtu = IPv4Interface(env["FLANNEL_SUBNET"]), env["FLANNEL_MTU"]
+        container = Namespace(host.name.replace("-h", "-c"))
+        self._add(container)
+        host.ip("link", "add", "cni0", "mtu", mtu, "type", "bridge")
+        host.ip("addr", "add", str(gateway), "dev", "cni0")
+        host.ip("link", "set", "cni0", "up")
+        self._connect(container, "eth0", host, "veth0")
+        host.ip("link", "set", "veth0", "mtu", mtu, "master", "cni0", "up")
+        container.ip("addr", "add", f"{gateway.ip + 1}/{gateway.network.prefixlen}", "dev", "eth0")
+        container.ip("link", "set", "eth0", "mtu", mtu, "up")
+        container.ip("route", "add", "default", "via", str(gateway.ip))
+        host.container = container
+        return container
+
+
+@contextmanager
+def lab(hosts: int) -> Iterator[Lab]:
+    """Make a lab with etcd and some hosts; removed in every exit path, SIGTERM too."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    old = signal.signal(signal.SIGTERM, end)
+    made = Lab()
+    try:
+        made.start_etcd()
+        for _ in range(hosts):
+            made.add_host()
+        yield made
+    finally:
+        made.close()
+        signal.signal(signal.SIGTERM, old)
+
+
+def container_address(host: Host) -> IPv4Address:
+    """Return the address of the container behind a host."""
+    return IPv4Interface(host.subnet_env()["FLANNEL_SUBNET"]).ip + 1
+
+
+def ping(source: Namespace, address: IPv4Address, *flags: Sequence[str] | str) -> bool:
+    """Whether one ping is answered."""
+    words = [str(flag) for flag in flags]
+    return "1 received" in source.exec(
+        "ping", "-c", "1", "-W", "1", *words, str(address), check=False
+    )
+
+
+def has_kernel_vxlan() -> bool:
+    """Whether this kernel has the vxlan device, tried in a namespace of its own."""
+    name = f"pfu-{secrets.token_hex(3)}-probe"
+    run("ip", "netns", "add", name)
+    try:
+        words = ("link", "add", "probe", "type", "vxlan", "id", "1", "dstport", "8472")
+        command = ["ip", "-n", name, *words]
+        return subprocess.run(command, capture_output=True).returncode == 0
+    finally:
+        run("ip", "netns", "del", name)
