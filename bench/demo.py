@@ -1,4 +1,4 @@
-"""`make demo`: an overlay of three hosts on this machine, pings, and iperf3 beside the kernel's vxlan.
+"""`make demo`: an overlay of three hosts, pings, and iperf3 beside the kernel's vxlan device.
 
 Starts an etcd, two hosts with pyflannel-udp and one with the kernel's vxlan device, containers
 behind each; a host without the vxlan module gets three of ours. The yardstick is a second kernel
@@ -55,7 +55,7 @@ def start_nodes(made: Lab, kernel: bool) -> None:
     else:
         say("this kernel has no vxlan device: all three hosts run pyflannel-udp")
     for host in made.hosts:
-        container = made.add_container(host)
+        made.add_container(host)
         say(f"container                {container_address(host)} behind {host.address}")
 
 
@@ -67,7 +67,9 @@ def containers(made: Lab) -> list[tuple[Host, Namespace]]:
 def ping_matrix(made: Lab) -> bool:
     """Print who reaches whom; return whether everybody does."""
     everybody = containers(made)
-    say("\nping             " + "".join(f"{container_address(host)!s:>16}" for host, _ in everybody))
+    say(
+        "\nping             " + "".join(f"{container_address(host)!s:>16}" for host, _ in everybody)
+    )
     good = True
     for host, container in everybody:
         row = f"{container_address(host)!s:<17}"

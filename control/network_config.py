@@ -15,6 +15,7 @@ from pyflannel.control.lease import fold_keys
 from pyflannel.dataplane.refusal import Refusal
 from pyflannel.dataplane.route import DEFAULT_PORT, Vni
 
+DEFAULT_VNI = Vni(1)
 DEVICE_VNI_MAX = 9_999_999
 """`flannel.<VNI>` must fit into the 15 bytes of an interface name (spec section 9.1)."""
 
@@ -27,7 +28,7 @@ class NetworkConfigError(Refusal):
 class VxlanBackend:
     """The `Backend` object; `mtu` is the outer MTU, None for the interface's own."""
 
-    vni: Vni = Vni(1)
+    vni: Vni = DEFAULT_VNI
     port: int = DEFAULT_PORT
     mtu: int | None = None
     gbp: bool = False
@@ -187,7 +188,7 @@ def _parse_backend(config: _Object) -> VxlanBackend:
         raise backend.fail("GBP", "group policy needs the kernel's device; set it to false")
     mtu = backend.number("MTU", 0, 0, 65535)
     return VxlanBackend(
-        vni=Vni(backend.number("VNI", 1, 0, DEVICE_VNI_MAX)),
+        vni=Vni(backend.number("VNI", DEFAULT_VNI, 0, DEVICE_VNI_MAX)),
         port=backend.number("Port", 0, 0, 65535) or DEFAULT_PORT,
         mtu=mtu or None,
         learning=backend.boolean("Learning", False),

@@ -104,8 +104,8 @@ static int find_sender(const struct fp_ctx *ctx, const struct inet_address *oute
 		*sender = configured_sender(ctx, outer_source, mac, &known);
 	if (*sender)
 		return -1;
-	return known || fib_source(ctx->fib, outer_source) ? FP_DROP_VTEP_MAC :
-							     FP_DROP_UNKNOWN_VTEP;
+	return known || fib_source(ctx->fib, outer_source) ? FP_DROP_VTEP_MAC
+							   : FP_DROP_UNKNOWN_VTEP;
 }
 
 /* May @sender send from @source? Inside the network only from its own subnet. */
@@ -148,7 +148,7 @@ void decap_datagram(const struct fp_ctx *ctx, uint8_t *datagram, size_t length,
 	struct flow flow;
 	int reason, ecn;
 
-	*out = (struct decap){ .drop = -1, .spoofed = -1 };
+	*out = (struct decap) { .drop = -1, .spoofed = -1 };
 	if (length < sizeof(*push)) {
 		out->drop = FP_DROP_SHORT;
 		return;
@@ -211,13 +211,12 @@ void decap_datagram(const struct fp_ctx *ctx, uint8_t *datagram, size_t length,
  * @length: Bytes of it
  * @out:    The verdict; its peer holds the 22 bytes to push
  */
-void encap_packet(const struct fp_ctx *ctx, const uint8_t *packet, size_t length,
-		  struct encap *out)
+void encap_packet(const struct fp_ctx *ctx, const uint8_t *packet, size_t length, struct encap *out)
 {
 	unsigned int version = length ? packet[0] >> 4 : 0;
 	struct flow flow;
 
-	*out = (struct encap){ .drop = -1 };
+	*out = (struct encap) { .drop = -1 };
 	if (version != 4 && version != 6) {
 		out->drop = FP_DROP_ENCAP_MALFORMED;
 		return;
@@ -323,7 +322,7 @@ int fp_route_delete(struct fp_ctx *ctx, const uint8_t *subnet, uint8_t subnet_le
 
 static void route_of(const struct fib_entry *entry, struct fp_route *route)
 {
-	*route = (struct fp_route){
+	*route = (struct fp_route) {
 		.subnet_len = entry->subnet_length,
 		.has_previous_mac = entry->has_previous_mac,
 		.port = entry->port,
@@ -387,7 +386,7 @@ static void copy_traffic(const struct fib_entry *entry, void *arg)
 	copy->count++;
 	memcpy(into->subnet, &entry->subnet, 16);
 	into->subnet_len = entry->subnet_length;
-	into->traffic = (struct fp_traffic){
+	into->traffic = (struct fp_traffic) {
 		.encap_packets = entry->traffic->encap_packets,
 		.encap_bytes = entry->traffic->encap_bytes,
 		.decap_packets = entry->traffic->decap_packets,
@@ -440,8 +439,9 @@ size_t fp_suspects_take(struct fp_ctx *ctx, struct fp_suspect *into, size_t capa
  *
  * Return: -1 and the inner packet's place, or the drop reason
  */
-int fp_decap_check(struct fp_ctx *ctx, uint8_t *datagram, size_t length, const uint8_t *outer_source,
-		   uint8_t outer_tos, size_t *inner_offset, size_t *inner_length)
+int fp_decap_check(struct fp_ctx *ctx, uint8_t *datagram, size_t length,
+		   const uint8_t *outer_source, uint8_t outer_tos, size_t *inner_offset,
+		   size_t *inner_length)
 {
 	struct inet_address source = address_of(outer_source);
 	struct decap out;

@@ -10,6 +10,7 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from ipaddress import IPv4Address
 from typing import NamedTuple
 
@@ -122,11 +123,11 @@ def _attempts(
     reach: Callable[[IPv4Address], Reach | None],
 ) -> Iterator[Callable[[], Choice]]:
     for name in names:
-        yield lambda name=name: _by_name_or_address(interfaces, name)
+        yield partial(_by_name_or_address, interfaces, name)
     for regex in regexes:
-        yield lambda regex=regex: _by_regex(interfaces, regex)
+        yield partial(_by_regex, interfaces, regex)
     if can_reach is not None:
-        yield lambda: _by_reach(interfaces, can_reach, reach)
+        yield partial(_by_reach, interfaces, can_reach, reach)
 
 
 def _by_default_route(interfaces: Sequence[Interface], default_route_name: str | None) -> Choice:

@@ -12,7 +12,7 @@ import os
 import socket
 import struct
 
-from pytun_pmd3 import TunTapDevice  # type: ignore[import-untyped]  # ships no type information
+from pytun_pmd3 import TunTapDevice
 
 from pyflannel.dataplane.refusal import Refusal
 

@@ -18,7 +18,7 @@ struct fp_ctx {
 	struct inet_address network;
 	struct fib *fib;
 	struct fib_reader caller; /* Python's own look-ups */
-	pthread_mutex_t lock;	  /* guards @caller, @workers and @gone */
+	pthread_mutex_t lock; /* guards @caller, @workers and @gone */
 	struct fp_worker *workers;
 	struct fp_counters gone; /* counters of freed workers */
 };

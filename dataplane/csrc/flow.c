@@ -108,8 +108,8 @@ static bool parse_ipv6(const uint8_t *packet, size_t length, struct flow *flow)
  */
 bool flow_parse(const uint8_t *packet, size_t length, uint16_t ethertype, struct flow *flow)
 {
-	return ethertype == ETHERTYPE_IPV4 ? parse_ipv4(packet, length, flow) :
-					     parse_ipv6(packet, length, flow);
+	return ethertype == ETHERTYPE_IPV4 ? parse_ipv4(packet, length, flow)
+					   : parse_ipv6(packet, length, flow);
 }
 
 /**
@@ -155,5 +155,5 @@ bool flow_bad_source(const struct inet_address *address)
 	if (inet_is_ipv4(address))
 		return address->octet[12] == 127 || address->octet[12] == 0;
 	return memcmp(address->octet, loopback, 16) == 0 ||
-	       memcmp(address->octet, (const uint8_t[16]){ 0 }, 16) == 0;
+	       memcmp(address->octet, (const uint8_t[16]) { 0 }, 16) == 0;
 }

@@ -26,7 +26,7 @@ static inline uint16_t get_be16(be16 field)
 
 static inline be16 put_be16(uint16_t value)
 {
-	return (be16){ { (uint8_t)(value >> 8), (uint8_t)value } };
+	return (be16) { { (uint8_t)(value >> 8), (uint8_t)value } };
 }
 
 #define ETH_ALEN 6

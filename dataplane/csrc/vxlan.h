@@ -34,7 +34,7 @@ static inline uint32_t vxlan_vni(const struct vxlan_header *header)
 
 static inline struct vxlan_header vxlan_header_of(uint32_t vni)
 {
-	return (struct vxlan_header){
+	return (struct vxlan_header) {
 		.flags = VXLAN_FLAG_VNI,
 		.vni = { (uint8_t)(vni >> 16), (uint8_t)(vni >> 8), (uint8_t)vni },
 	};

@@ -184,9 +184,8 @@ static void flush_queue(struct fp_worker *worker, unsigned int index)
 			continue;
 		}
 		for (int i = 0; i < sent; i++)
-			count_up(&total->encap_bytes,
-				 queue->message[queue->first + i].msg_len -
-					 sizeof(struct vxlan_push));
+			count_up(&total->encap_bytes, queue->message[queue->first + i].msg_len -
+							      sizeof(struct vxlan_push));
 		count_up(&total->encap_packets, (uint64_t)sent);
 		queue->first += (unsigned int)sent;
 	}
@@ -199,14 +198,14 @@ static socklen_t underlay_sockaddr(const struct fib_entry *peer, struct sockaddr
 	if (inet_is_ipv4(&peer->underlay)) {
 		struct sockaddr_in *in = (struct sockaddr_in *)to;
 
-		*in = (struct sockaddr_in){ .sin_family = AF_INET, .sin_port = htons(peer->port) };
+		*in = (struct sockaddr_in) { .sin_family = AF_INET, .sin_port = htons(peer->port) };
 		memcpy(&in->sin_addr, peer->underlay.octet + 12, 4);
 		return sizeof(*in);
 	} else {
 		struct sockaddr_in6 *in6 = (struct sockaddr_in6 *)to;
 
-		*in6 = (struct sockaddr_in6){ .sin6_family = AF_INET6,
-					      .sin6_port = htons(peer->port) };
+		*in6 = (struct sockaddr_in6) { .sin6_family = AF_INET6,
+					       .sin6_port = htons(peer->port) };
 		memcpy(&in6->sin6_addr, &peer->underlay, 16);
 		return sizeof(*in6);
 	}
@@ -222,8 +221,8 @@ static void enqueue(struct fp_worker *worker, unsigned int slot, const struct en
 	uint8_t *datagram = worker->encap_slots + (size_t)slot * SLOT_BYTES;
 
 	memcpy(datagram, &encap->peer->push, sizeof(encap->peer->push));
-	departure->iov = (struct iovec){ datagram, sizeof(encap->peer->push) + encap->length };
-	*header = (struct msghdr){
+	departure->iov = (struct iovec) { datagram, sizeof(encap->peer->push) + encap->length };
+	*header = (struct msghdr) {
 		.msg_name = &departure->to,
 		.msg_namelen = underlay_sockaddr(encap->peer, &departure->to),
 		.msg_iov = &departure->iov,
@@ -342,7 +341,7 @@ static unsigned int decap_batch(struct fp_worker *worker)
 	for (unsigned int i = 0; i < BATCH; i++) {
 		struct arrival *arrival = &worker->arrival[i];
 
-		worker->incoming[i].msg_hdr = (struct msghdr){
+		worker->incoming[i].msg_hdr = (struct msghdr) {
 			.msg_name = &arrival->from,
 			.msg_namelen = sizeof(arrival->from),
 			.msg_iov = &arrival->iov,
@@ -398,8 +397,8 @@ static uint8_t *slots_new(void)
  *
  * Return: the worker, or NULL with errno set
  */
-struct fp_worker *fp_worker_new(struct fp_ctx *ctx, int tun_fd, int receive_fd,
-				const int *send_fds, size_t send_count)
+struct fp_worker *fp_worker_new(struct fp_ctx *ctx, int tun_fd, int receive_fd, const int *send_fds,
+				size_t send_count)
 {
 	struct fp_worker *worker;
 
@@ -428,7 +427,7 @@ struct fp_worker *fp_worker_new(struct fp_ctx *ctx, int tun_fd, int receive_fd,
 		goto fail;
 	for (unsigned int i = 0; i < BATCH; i++)
 		worker->arrival[i].iov =
-			(struct iovec){ worker->decap_slots + (size_t)i * SLOT_BYTES, SLOT_BYTES };
+			(struct iovec) { worker->decap_slots + (size_t)i * SLOT_BYTES, SLOT_BYTES };
 	struct epoll_event tun = { .events = EPOLLIN, .data.u64 = EPOLL_TUN };
 	struct epoll_event underlay = { .events = EPOLLIN, .data.u64 = EPOLL_UNDERLAY };
 

@@ -1,8 +1,8 @@
 """Two of our nodes and one with the kernel's vxlan device in one overlay, on real packets.
 
-    c1 -- h1 (ours) ---+
-    c2 -- h2 (ours) ---+-- switch, etcd
-    c3 -- h3 (kernel) -+
+c1 -- h1 (ours) ---+
+c2 -- h2 (ours) ---+-- switch, etcd
+c3 -- h3 (kernel) -+
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import re
 import signal
 from collections.abc import Iterator
+from functools import partial
 from ipaddress import IPv4Network
 
 import pytest
@@ -46,8 +47,12 @@ def overlay() -> Iterator[Lab]:
             made.add_container(host)
         base = f"{KERNEL_SUBNET} via {KERNEL_SUBNET[0]} dev flannel.1 onlink"
         for host in made.hosts[:2]:
-            wait_until(lambda host=host: base in host.ip("route"), "route to the kernel node")
+            wait_until(partial(_has_route, host, base), "route to the kernel node")
         yield made
+
+
+def _has_route(host: Host, line: str) -> bool:
+    return line in host.ip("route")
 
 
 def _containers(overlay: Lab) -> list[tuple[Host, Namespace]]:
@@ -63,7 +68,7 @@ def test_every_container_reaches_every_other(overlay: Lab) -> None:
     ]
     assert len(pairs) == 6
     for source, target in pairs:
-        wait_until(lambda s=source, t=target: ping(s, container_address(t)), "a ping", 10)
+        wait_until(partial(ping, source, container_address(target)), "a ping", 10)
 
 
 def test_full_size_packet_with_df_passes_and_one_byte_more_does_not(overlay: Lab) -> None:

@@ -117,8 +117,8 @@ class Host(Namespace):
 
     def subnet_env(self) -> dict[str, str]:
         """Return subnet.env's variables."""
-        pairs = (line.split("=", 1) for line in self.subnet_file.read_text().splitlines())
-        return {name: value for name, value in pairs}
+        lines = self.subnet_file.read_text().splitlines()
+        return {name: value for name, _, value in (line.partition("=") for line in lines)}
 
 
 class Lab:
@@ -186,13 +186,14 @@ class Lab:
             env={"ETCD_UNSUPPORTED_ARCH": "arm64"} if os.uname().machine == "aarch64" else None,
         )
         # fmt: on
-        wait_until(lambda: "is healthy" in self.etcdctl("endpoint", "health", check=False), "etcd up")
+        healthy = "is healthy"
+        wait_until(lambda: healthy in self.etcdctl("endpoint", "health", check=False), healthy)
 
     def etcdctl(self, *words: str, check: bool = True) -> str:
         """Run etcdctl against the lab's etcd; standard error is part of the answer."""
+        endpoints = f"--endpoints=http://{SWITCH_ADDRESS}:{ETCD_PORT}"
         done = subprocess.run(
-            ["ip", "netns", "exec", self.switch.name, "etcdctl"]
-            + [f"--endpoints=http://{SWITCH_ADDRESS}:{ETCD_PORT}", *words],
+            ["ip", "netns", "exec", self.switch.name, "etcdctl", endpoints, *words],
             capture_output=True,
             text=True,
             env={**os.environ, "ETCDCTL_API": "3"},
@@ -227,8 +228,10 @@ class Lab:
         # fmt: on
         if wait:
             wait_until(
-                lambda: host.log.read_text().count("Running backend.") > before
-                or host.processes[index].poll() is not None,
+                lambda: (
+                    host.log.read_text().count("Running backend.") > before
+                    or host.processes[index].poll() is not None
+                ),
                 "daemon ready",
             )
             assert host.processes[index].poll() is None, host.log.read_text()
