@@ -215,12 +215,19 @@ class Lab:
             key.rsplit("/", 1)[1]: json.loads(value) for key, value in zip(lines[::2], lines[1::2])
         }
 
-    def start_daemon(self, host: Host, *flags: str, wait: bool = True) -> int:
-        """Start pyflannel-udp on a host and wait until it is ready."""
+    def start_daemon(
+        self,
+        host: Host,
+        *flags: str,
+        wait: bool = True,
+        iface: str = "eth0",
+        wrapper: Sequence[str] = (),
+    ) -> int:
+        """Start pyflannel-udp on a host, behind a wrapper command; wait until it is ready."""
         before = host.log.read_text().count("Running backend.") if host.log.exists() else 0
         # fmt: off
         index = host.start(
-            sys.executable, "-m", "pyflannel", "--iface", "eth0",
+            *wrapper, sys.executable, "-m", "pyflannel", "--iface", iface,
             "--etcd-endpoints", f"http://{SWITCH_ADDRESS}:{ETCD_PORT}",
             "--subnet-file", str(host.subnet_file), "--state-dir", str(host.folder / "state"),
             *flags, log=host.log,

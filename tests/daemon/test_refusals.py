@@ -1,0 +1,198 @@
+"""What bad input gets: one sentence naming the thing and the remedy, exit code 1, nothing left.
+
+One host on a switch with etcd; the daemon is started wrongly in every way the operator can.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import pytest
+
+from tests.lab.hosts import PREFIX, Host, Lab, lab, wait_until
+from tests.lab.require import require_program, require_root
+
+CONFIG = '{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}'
+
+
+@pytest.fixture(scope="module")
+def made() -> Iterator[Lab]:
+    require_root()
+    for program in ("ip", "ethtool", "etcd", "etcdctl", "setpriv", "unshare", "ss"):
+        require_program(program)
+    with lab(2) as made:
+        yield made
+
+
+@pytest.fixture
+def host(made: Lab) -> Iterator[Host]:
+    """A host without a flannel device, and an etcd with nothing but a good configuration."""
+    made.etcdctl("del", "--prefix", PREFIX)
+    made.put_config(CONFIG)
+    host = made.hosts[0]
+    yield host
+    for index in range(len(host.processes)):
+        host.stop(index)
+    host.processes.clear()
+    host.ip("link", "del", "flannel.1", check=False)
+
+
+def _refused(
+    made: Lab, host: Host, *flags: str, iface: str = "eth0", wrapper: tuple[str, ...] = ()
+) -> str:
+    """Start the daemon, return the one error line; it must exit with 1 and leave nothing."""
+    links = host.ip("-o", "link")
+    start = len(host.log.read_text()) if host.log.exists() else 0
+    index = made.start_daemon(host, *flags, wait=False, iface=iface, wrapper=wrapper)
+    assert host.processes[index].wait(20) == 1
+    printed = host.log.read_text()[start:]
+    assert "Traceback" not in printed
+    errors = [line for line in printed.splitlines() if line.startswith("E")]
+    assert len(errors) == 1, printed
+    assert host.ip("-o", "link") == links
+    assert not host.subnet_file.exists()
+    return errors[0]
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        ("{", "not JSON"),
+        ('{"Network":"10.244.0.0/16"}', "Backend is missing"),
+        ('{"Network":"10.244.0.0/16","Backend":{"Type":"udp"}}', 'Backend.Type "udp"'),
+        (
+            '{"Network":"10.244.0.0/16","EnableIPv6":true,"IPv6Network":"2001:db8::/48",'
+            '"Backend":{"Type":"vxlan"}}',
+            "IPv4 only",
+        ),
+    ],
+)
+def test_bad_configuration(made: Lab, host: Host, config: str, named: str) -> None:
+    made.put_config(config)
+    assert named in _refused(made, host)
+
+
+def test_interface_that_does_not_exist(made: Lab, host: Host) -> None:
+    error = _refused(made, host, iface="nope0")
+    assert "there is no interface nope0" in error
+    assert "--iface" in error
+
+
+def test_interface_without_address(made: Lab, host: Host) -> None:
+    host.ip("link", "add", "bare0", "type", "bridge")
+    try:
+        assert "bare0" in _refused(made, host, iface="bare0")
+    finally:
+        host.ip("link", "del", "bare0")
+
+
+def test_network_is_exhausted(made: Lab, host: Host) -> None:
+    made.put_config('{"Network":"10.244.0.0/28","SubnetLen":30,"Backend":{"Type":"vxlan"}}')
+    for base in (4, 8, 12):
+        made.etcdctl("put", f"{PREFIX}/subnets/10.244.0.{base}-30", '{"PublicIP":"192.0.2.1"}')
+    assert "every subnet from 10.244.0.4 to 10.244.0.12" in _refused(made, host)
+
+
+def test_port_is_taken_by_a_process(made: Lab, host: Host) -> None:
+    program = "import socket,time;s=socket.socket(2,2);s.bind(('',8472));time.sleep(60)"
+    holder = host.start("python3", "-c", program, log=made.folder / "holder.log")
+    wait_until(lambda: ":8472" in host.exec("ss", "-lun"), "the port is taken")
+    error = _refused(made, host)
+    assert "8472" in error
+    assert str(host.processes[holder].pid) in error
+
+
+def test_a_second_daemon(made: Lab, host: Host) -> None:
+    made.start_daemon(host)
+    index = made.start_daemon(host, wait=False)
+    assert host.processes[index].wait(20) == 1
+    assert "another pyflannel-udp" in host.log.read_text()
+    host.subnet_file.unlink()
+
+
+def test_without_cap_net_admin(made: Lab, host: Host) -> None:
+    wrapper = ("setpriv", "--bounding-set=-net_admin", "--inh-caps=-net_admin")
+    assert "CAP_NET_ADMIN" in _refused(made, host, wrapper=wrapper)
+
+
+def test_without_dev_net_tun(made: Lab, host: Host) -> None:
+    hide = 'mount -t tmpfs none /dev/net && exec "$@"'
+    wrapper = ("unshare", "-m", "sh", "-c", hide, "sh")
+    error = _refused(made, host, wrapper=wrapper)
+    assert "/dev/net/tun" in error
+    assert "modprobe tun" in error
+
+
+def test_leftover_kernel_device_and_its_replacement(made: Lab, host: Host) -> None:
+    mac = "0a:00:00:00:00:05"
+    # fmt: off
+    host.ip("link", "add", "flannel.1", "address", mac, "type", "vxlan", "id", "1", "dev", "eth0",
+            "dstport", "8472", "nolearning")
+    # fmt: on
+    host.ip("link", "set", "flannel.1", "up")
+    error = _refused(made, host)
+    assert "kernel vxlan device" in error
+    assert "--replace-kernel-device" in error
+    state = host.folder / "state" / "flannel.1.json"
+    state.unlink(missing_ok=True)
+    made.start_daemon(host, "--replace-kernel-device")
+    ((_, lease),) = made.leases().items()
+    assert lease["BackendData"] == {"VNI": 1, "VtepMAC": mac}
+    host.subnet_file.unlink()
+
+
+def test_kubernetes_is_refused(made: Lab, host: Host) -> None:
+    assert "--kube-subnet-mgr" in _refused(made, host, "--kube-subnet-mgr")
+
+
+def test_unknown_flag_is_a_usage_error(made: Lab, host: Host) -> None:
+    index = made.start_daemon(host, "--nope", wait=False)
+    assert host.processes[index].wait(20) == 2
+    assert "unknown flag --nope" in host.log.read_text()
+
+
+def test_no_configuration_yet_is_waited_for_and_sigterm_ends_it_with_0(
+    made: Lab, host: Host
+) -> None:
+    made.etcdctl("del", f"{PREFIX}/config")
+    index = made.start_daemon(host, wait=False)
+    wait_until(lambda: "is not there yet" in host.log.read_text(), "the daemon says so")
+    assert host.stop(index) == 0
+
+
+def test_two_hosts_with_one_public_ip_are_reported_and_neither_fights(
+    made: Lab, host: Host
+) -> None:
+    first = made.start_daemon(host, "--healthz-port", "8081")
+    other = made.hosts[1]
+    (other.folder / "state").mkdir(exist_ok=True)
+    machine_id = json.loads((host.folder / "state" / "flannel.1.json").read_text())["machine_id"]
+    (other.folder / "state" / "flannel.1.json").write_text(
+        json.dumps({"machine_id": machine_id, "vtep_mac": "0a:00:00:00:00:06"})
+    )
+    made.start_daemon(other, "--public-ip", str(host.address))
+    wait_until(lambda: "somebody else wrote to our lease" in host.log.read_text(), "a report")
+    (lease,) = made.leases().values()
+    assert lease["BackendData"] == {"VNI": 1, "VtepMAC": "0a:00:00:00:00:06"}
+    program = (
+        "import urllib.request as r,urllib.error as e\n"
+        "try: print(r.urlopen('http://127.0.0.1:8081/readyz').read())\n"
+        "except e.HTTPError as error: print(error.code, error.read())"
+    )
+    assert "503" in host.exec("python3", "-c", program)
+    assert host.processes[first].poll() is None
+    other.stop(0)
+    other.processes.clear()
+    host.subnet_file.unlink()
+
+
+def test_reservation_stays_one(made: Lab, host: Host) -> None:
+    key = f"{PREFIX}/subnets/10.244.9.0-24"
+    made.etcdctl("put", key, f'{{"PublicIP":"{host.address}"}}')
+    made.start_daemon(host)
+    assert host.subnet_env()["FLANNEL_SUBNET"] == "10.244.9.1/24"
+    (kv,) = json.loads(made.etcdctl("get", "-w", "json", key))["kvs"]
+    assert kv.get("lease", 0) == 0
+    assert list(made.leases()) == ["10.244.9.0-24"]
+    host.subnet_file.unlink()
