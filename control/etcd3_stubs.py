@@ -16,7 +16,7 @@ from typing import Any
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
-from ..dataplane.refusal import Refusal
+from pyflannel.dataplane.refusal import Refusal
 
 PACKAGE = "etcdserverpb"
 _FILES = ("kv", "auth", "rpc")  # in the order of their imports of each other

@@ -1,0 +1,67 @@
+"""The rules about who may import whom, checked on the syntax trees."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PLANES = ("control", "dataplane")
+PURE = (
+    "lease",
+    "lease_table",
+    "network_config",
+    "subnet_pool",
+    "subnet_file",
+    "vtep_identity",
+)
+FOR_CONTROL = {"route", "refusal"}
+
+
+def _imports(path: Path) -> set[str]:
+    """Return the dotted names a file imports; `from a import b` counts as a and a.b."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            module = node.module or ""
+            found |= {module} | {f"{module}.{alias.name}" for alias in node.names}
+    return found
+
+
+FILES = sorted(
+    [*ROOT.glob("control/*.py"), *ROOT.glob("dataplane/*.py"), *ROOT.glob("src/pyflannel/*.py")]
+)
+
+
+def test_the_files_are_found() -> None:
+    assert {path.parent.name for path in FILES} == {*PLANES, "pyflannel"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_layers(path: Path) -> None:
+    imports = _imports(path)
+    ours = {name.removeprefix("pyflannel.") for name in imports if name.startswith("pyflannel.")}
+    if path.parent.name == "dataplane":
+        assert all(name.split(".")[0] == "dataplane" for name in ours), path
+    if path.parent.name == "control":
+        for name in ours:
+            plane, _, module = name.partition(".")
+            assert plane in PLANES, path
+            if plane == "dataplane" and module:
+                assert module.split(".")[0] in FOR_CONTROL, f"{path} imports {name}"
+        if path.stem in PURE:
+            assert not imports & {"asyncio", "grpc", "socket"}, path
+    if path.name not in ("fastpath.py", "_fastpath_build.py"):
+        assert not any("_fastpath" in name for name in imports), path
+
+
+@pytest.mark.parametrize("folder", [*PLANES, "src/pyflannel"])
+def test_init_is_only_a_map(folder: str) -> None:
+    tree = ast.parse((ROOT / folder / "__init__.py").read_text(encoding="utf-8"))
+    assert len(tree.body) == 1
+    assert ast.get_docstring(tree)
