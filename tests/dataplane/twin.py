@@ -1,0 +1,124 @@
+"""A naive twin of the fast path, written from the specification: the oracle that C is held to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv4Network
+
+from pyflannel.dataplane.route import MacAddress, Route
+
+# RFC 6040, figure 4: result by (inner, outer); None drops.
+_DECAP_ECN: dict[tuple[int, int], int | None] = {
+    (0, 0): 0, (0, 1): 0, (0, 2): 0, (0, 3): None,
+    (1, 0): 1, (1, 1): 1, (1, 2): 1, (1, 3): 3,
+    (2, 0): 2, (2, 1): 1, (2, 2): 2, (2, 3): 3,
+    (3, 0): 3, (3, 1): 3, (3, 2): 3, (3, 3): 3,
+}  # fmt: skip
+
+
+def checksum(octets: bytes) -> int:
+    """The Internet checksum, word by word (RFC 1071)."""
+    total = sum(
+        int.from_bytes(octets[i : i + 2].ljust(2, b"\0"), "big") for i in range(0, len(octets), 2)
+    )
+    while total > 0xFFFF:
+        total = (total & 0xFFFF) + (total >> 16)
+    return total ^ 0xFFFF
+
+
+@dataclass(frozen=True)
+class Twin:
+    """One VTEP with a list of routes."""
+
+    vni: int
+    mac: MacAddress
+    network: IPv4Network
+    routes: tuple[Route, ...]
+    mode: str = "enforce"
+    ignore_reserved: bool = False
+
+    def lookup(self, address: IPv4Address) -> Route | None:
+        """Return the route with the longest prefix, by looking at all."""
+        hits = [route for route in self.routes if address in route.subnet]
+        return max(hits, key=lambda route: route.subnet.prefixlen, default=None)
+
+    def encapsulate(self, packet: bytes) -> tuple[bytes, int] | str:
+        """Return the datagram and outer ECN, or the drop reason."""
+        if not packet or packet[0] >> 4 not in (4, 6):
+            return "encap_malformed"
+        if packet[0] >> 4 == 6:
+            return "encap_family"
+        length = self._inner_length(packet)
+        if length is None:
+            return "encap_malformed"
+        destination = IPv4Address(packet[16:20])
+        if destination.is_multicast or destination == IPv4Address("255.255.255.255"):
+            return "encap_multicast"
+        route = self.lookup(destination)
+        if route is None:
+            return "no_route"
+        header = b"\x08\0\0\0" + self.vni.to_bytes(3, "big") + b"\0"
+        ethernet = route.vtep_mac.octets + self.mac.octets + b"\x08\0"
+        ecn = packet[1] & 3
+        return header + ethernet + packet[:length], 2 if ecn == 3 else ecn
+
+    def decapsulate(self, datagram: bytes, source: IPv4Address, tos: int) -> bytes | str:
+        """Return the inner packet, or the drop reason."""
+        if len(datagram) < 22:
+            return "short"
+        if not datagram[0] & 8:
+            return "no_vni_flag"
+        reserved = datagram[0] & 0xF7 or any(datagram[1:4]) or datagram[7]
+        if reserved and not self.ignore_reserved:
+            return "reserved_bits"
+        if int.from_bytes(datagram[4:7], "big") != self.vni:
+            return "wrong_vni"
+        to, sender_mac = MacAddress(datagram[8:14]), MacAddress(datagram[14:20])
+        here = [route for route in self.routes if route.underlay == source]
+        sender = next((x for x in here if sender_mac in (x.vtep_mac, x.previous_mac)), None)
+        if sender is None and self.mode == "enforce":
+            return "vtep_mac" if here else "unknown_vtep"
+        if sender_mac == self.mac:
+            return "loop"
+        if to != self.mac:
+            return "not_our_mac"
+        if datagram[20:22] != b"\x08\0":
+            return "ethertype"
+        packet = datagram[22:]
+        length = self._inner_length(packet)
+        if length is None:
+            return "inner_malformed"
+        if self.mode == "enforce" and not self._may_send(sender, IPv4Address(packet[12:16])):
+            return "inner_source"
+        ecn = _DECAP_ECN[packet[1] & 3, tos & 3]
+        if ecn is None:
+            return "ecn"
+        return self._with_ecn(packet[:length], ecn)
+
+    def _may_send(self, sender: Route | None, source: IPv4Address) -> bool:
+        unusable = ("0.0.0.0/8", "127.0.0.0/8", "224.0.0.0/4", "255.255.255.255/32")
+        if any(source in IPv4Network(network) for network in unusable):
+            return False
+        if source not in self.network:
+            return True
+        return sender is not None and self.lookup(source) == sender
+
+    @staticmethod
+    def _inner_length(packet: bytes) -> int | None:
+        if len(packet) < 20 or packet[0] >> 4 != 4:
+            return None
+        header, total = (packet[0] & 15) * 4, int.from_bytes(packet[2:4], "big")
+        if not 20 <= header <= total <= len(packet) or checksum(packet[:header]):
+            return None
+        return total
+
+    @staticmethod
+    def _with_ecn(packet: bytes, ecn: int) -> bytes:
+        if packet[1] & 3 == ecn:
+            return packet
+        header = (packet[0] & 15) * 4
+        changed = bytearray(packet)
+        changed[1] = packet[1] & 0xFC | ecn
+        changed[10:12] = b"\0\0"
+        changed[10:12] = checksum(bytes(changed[:header])).to_bytes(2, "big")
+        return bytes(changed)
