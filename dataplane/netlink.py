@@ -7,6 +7,7 @@ through a small batch writer of our own, thirty times faster at 10,000 peers. It
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 import socket
@@ -188,7 +189,8 @@ class Netlink:
     ) -> None:
         index = socket.if_nametoindex(name)
         accept_ra = Path(f"/proc/sys/net/ipv6/conf/{name}/accept_ra")
-        if accept_ra.exists():
+        # Read-only inside most containers, where nobody sends advertisements into our TUN either.
+        with contextlib.suppress(OSError):
             accept_ra.write_text("0")
         present = False
         for message in self._ipr.get_addr(family=socket.AF_INET, index=index):
