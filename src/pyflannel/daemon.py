@@ -139,7 +139,7 @@ async def _choose_underlay(options: Options, netlink: Netlink, config: NetworkCo
         reach=lambda _: reachable,
     )
     log.info("Using interface with name %s and address %s", choice.name, choice.address)
-    log.info("Chose %s because %s", choice.name, choice.why)
+    log.info("Chose %s: it %s", choice.name, choice.why)
     if options.public_ip is None:
         log.info("Defaulting external address to interface address (%s)", choice.address)
     else:
