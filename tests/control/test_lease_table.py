@@ -1,0 +1,188 @@
+"""Snapshots and events to route changes: spec sections 6 and 19, decisions 10 to 17."""
+
+from __future__ import annotations
+
+import logging
+from ipaddress import IPv4Address, IPv4Network
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pyflannel.control.lease import KeyValue, LeaseAttributes, Vtep
+from pyflannel.control.lease_table import LeaseTable
+from pyflannel.dataplane.route import Delete, MacAddress, Replace, Route
+
+OWN_IP = IPv4Address("192.0.2.1")
+NETWORK = IPv4Network("10.5.0.0/16")
+SUBNETS = b"/coreos.com/network/subnets/"
+
+
+def value(ip: str = "192.0.2.2", mac: int = 2) -> bytes:
+    vtep = Vtep(MacAddress(b"\x02\0\0\0\0" + bytes([mac])), 1)
+    return LeaseAttributes(IPv4Address(ip), None, "vxlan", vtep).to_json()
+
+
+def kv(key: str, octets: bytes, revision: int = 1, created: int | None = None) -> KeyValue:
+    return KeyValue(SUBNETS + key.encode(), octets, created or revision, revision, 1, 5)
+
+
+def route(subnet: str, ip: str = "192.0.2.2", mac: int = 2, previous: int | None = None) -> Route:
+    def address(last: int) -> MacAddress:
+        return MacAddress(b"\x02\0\0\0\0" + bytes([last]))
+
+    return Route(
+        IPv4Network(subnet),
+        address(mac),
+        IPv4Address(ip),
+        8472,
+        None if previous is None else address(previous),
+    )
+
+
+@pytest.fixture
+def table() -> LeaseTable:
+    made = LeaseTable(OWN_IP, NETWORK, 8472)
+    made.set_own_subnet(IPv4Network("10.5.1.0/24"))
+    return made
+
+
+def test_a_lease_comes_is_renewed_moves_and_goes(table: LeaseTable) -> None:
+    added = table.put(kv("10.5.2.0-24", value()))
+    assert added == (Replace(route("10.5.2.0/24")),)
+    assert table.put(kv("10.5.2.0-24", value(), 2, 1)) == ()
+    moved = table.put(kv("10.5.2.0-24", value("192.0.2.9"), 3, 1))
+    assert moved == (Replace(route("10.5.2.0/24", "192.0.2.9")),)
+    remacced = table.put(kv("10.5.2.0-24", value("192.0.2.9", 7), 4, 1))
+    assert remacced == (Replace(route("10.5.2.0/24", "192.0.2.9", 7, previous=2)),)
+    assert table.delete(SUBNETS + b"10.5.2.0-24") == (Delete(IPv4Network("10.5.2.0/24")),)
+    assert table.delete(SUBNETS + b"10.5.2.0-24") == ()
+    assert table.routes() == ()
+
+
+def test_a_snapshot_is_compared_by_value(table: LeaseTable) -> None:
+    table.reset([kv("10.5.2.0-24", value()), kv("10.5.3.0-24", value("192.0.2.3", 3))])
+    changes = table.reset([kv("10.5.3.0-24", value("192.0.2.4", 3)), kv("10.5.4.0-24", value())])
+    assert set(changes) == {
+        Delete(IPv4Network("10.5.2.0/24")),
+        Replace(route("10.5.3.0/24", "192.0.2.4", 3)),
+        Replace(route("10.5.4.0/24")),
+    }
+    same = [kv("10.5.3.0-24", value("192.0.2.4", 3)), kv("10.5.4.0-24", value())]
+    assert table.reset(same) == ()
+
+
+def test_another_history_removes_nobody(table: LeaseTable) -> None:
+    table.reset([kv("10.5.2.0-24", value())])
+    assert table.reset([], same_history=False) == ()
+    assert len(table.routes()) == 1
+    assert table.reset([]) == (Delete(IPv4Network("10.5.2.0/24")),)
+
+
+def test_the_own_lease_is_excluded_twice_over(table: LeaseTable) -> None:
+    own = kv("10.5.1.0-24", value(str(OWN_IP), 1))
+    assert table.reset([own]) == ()
+    assert table.reset([own]) == ()
+    assert table.quarantined() == {}
+
+
+@pytest.mark.parametrize(
+    ("key", "octets"),
+    [
+        ("foo", b"bar"),
+        ("10.5.9.0-24", b"{bad"),
+        ("10.5.9.0-24", b"{}"),
+        ("10.5.9.0-24", b'{"PublicIP":"192.0.2.9","BackendType":"host-gw"}'),
+        ("10.5.9.0-24", value().replace(b"02:00:00:00:00:02", b"")),
+        ("10.5.1.0-24&fd00:9::-64", value()),
+        ("10.5.2.128-25", value("192.0.2.9", 9)),
+        ("10.5.0.0-17", value("192.0.2.9", 9)),
+        ("10.5.9.0-24", value(str(OWN_IP), 9)),
+        ("10.5.9.0-24", value("10.5.9.1", 9)),
+        ("10.5.9.0-24", value("0.0.0.0", 9)),
+        ("10.5.9.0-24", value("127.0.0.1", 9)),
+        ("10.5.9.0-24", value("224.0.0.1", 9)),
+        ("10.6.9.0-24", value("192.0.2.9", 9)),
+    ],
+)
+def test_a_bad_neighbour_changes_nothing(table: LeaseTable, key: str, octets: bytes) -> None:
+    table.put(kv("10.5.2.0-24", value(), 1))
+    assert table.put(kv(key, octets, 50)) == ()
+    assert table.routes() == (route("10.5.2.0/24"),)
+    assert table.reset([kv("10.5.2.0-24", value(), 1), kv(key, octets, 50)]) == ()
+    assert table.delete(SUBNETS + key.encode()) == ()
+    assert table.routes() == (route("10.5.2.0/24"),)
+    assert table.bad() == {}
+    assert table.quarantined() == {}
+
+
+def test_a_value_that_turns_bad_keeps_the_route_and_is_said_once(
+    table: LeaseTable, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)
+    table.put(kv("10.5.2.0-24", value()))
+    assert table.put(kv("10.5.2.0-24", b"{bad", 2, 1)) == ()
+    assert table.put(kv("10.5.2.0-24", b"{bad", 3, 1)) == ()
+    assert table.routes() == (route("10.5.2.0/24"),)
+    assert list(table.bad()) == [(SUBNETS + b"10.5.2.0-24").decode()]
+    assert len(caplog.records) == 1
+
+
+def test_the_older_of_two_overlapping_leases_wins_until_it_goes(table: LeaseTable) -> None:
+    table.put(kv("10.5.2.0-25", value("192.0.2.8", 8), 20))
+    changes = table.reset(
+        [kv("10.5.2.0-25", value("192.0.2.8", 8), 20), kv("10.5.2.0-24", value(), 10)]
+    )
+    assert set(changes) == {
+        Delete(IPv4Network("10.5.2.0/25")),
+        Replace(route("10.5.2.0/24")),
+    }
+    assert "overlaps" in table.quarantined()[(SUBNETS + b"10.5.2.0-25").decode()]
+    assert set(table.delete(SUBNETS + b"10.5.2.0-24")) == {
+        Delete(IPv4Network("10.5.2.0/24")),
+        Replace(route("10.5.2.0/25", "192.0.2.8", 8)),
+    }
+
+
+def test_a_dual_stack_key_gives_its_ipv4_part(table: LeaseTable) -> None:
+    assert table.put(kv("10.5.2.0-24&fd00:2::-64", value())) == (Replace(route("10.5.2.0/24")),)
+
+
+_KEYS = st.sampled_from(
+    ["10.5.2.0-24", "10.5.3.0-24", "10.5.2.0-25", "10.5.0.0-22", "10.5.1.0-24", "foo"]
+)
+_VALUES = st.sampled_from(
+    [value(), value("192.0.2.3", 3), value(str(OWN_IP), 4), value("10.5.7.7", 5), b"{bad", b"{}"]
+)
+
+
+@given(events=st.lists(st.tuples(_KEYS, _VALUES, st.booleans()), max_size=30))
+@settings(deadline=None)
+def test_events_lead_where_a_snapshot_would(events: list[tuple[str, bytes, bool]]) -> None:
+    """The changes of any history, applied in order, give the routes; and a fresh table agrees."""
+    table = LeaseTable(OWN_IP, NETWORK, 8472)
+    table.set_own_subnet(IPv4Network("10.5.1.0/24"))
+    store: dict[str, KeyValue] = {}
+    programmed: dict[object, Route] = {}
+    for revision, (key, octets, deleted) in enumerate(events, 1):
+        if deleted:
+            store.pop(key, None)
+            changes = table.delete(SUBNETS + key.encode())
+        else:
+            created = store[key].create_revision if key in store else revision
+            store[key] = kv(key, octets, revision, created)
+            changes = table.put(store[key])
+        for change in changes:
+            if isinstance(change, Replace):
+                programmed[change.route.subnet] = change.route
+            else:
+                del programmed[change.subnet]
+    assert set(programmed.values()) == set(table.routes())
+    good = {name: entry for name, entry in store.items() if entry.value not in (b"{bad", b"{}")}
+    if len(good) == len(store):
+        fresh = LeaseTable(OWN_IP, NETWORK, 8472)
+        fresh.set_own_subnet(IPv4Network("10.5.1.0/24"))
+        fresh.reset(store.values())
+        assert {(x.subnet, x.vtep_mac, x.underlay) for x in fresh.routes()} == {
+            (x.subnet, x.vtep_mac, x.underlay) for x in table.routes()
+        }
