@@ -218,10 +218,18 @@ def _processes(inodes: Collection[str]) -> list[str]:
 
 def _has_open(process: Path, links: Collection[str]) -> bool:
     try:
-        return any(os.readlink(fd) in links for fd in (process / "fd").iterdir())
+        descriptors = list((process / "fd").iterdir())
     except OSError:
-        # The process or a descriptor went away, or we may not look.
+        # The process went away, or we may not look.
         return False
+    return any(_link(descriptor) in links for descriptor in descriptors)
+
+
+def _link(descriptor: Path) -> str:
+    try:
+        return os.readlink(descriptor)
+    except OSError:
+        return ""
 
 
 def _in_brackets(processes: list[str]) -> str:
