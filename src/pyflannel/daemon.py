@@ -16,7 +16,6 @@ import os
 import random
 import signal
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 from typing import TypeVar
@@ -36,65 +35,23 @@ from pyflannel.control.network_config import NetworkConfig, parse_network_config
 from pyflannel.control.route_sync import RouteSync
 from pyflannel.control.subnet_file import SubnetFile, read_previous_subnet, write_subnet_file
 from pyflannel.control.vtep_identity import load_vtep_mac, pick_vtep_mac, save_vtep_mac
-from pyflannel.dataplane.fastpath import AntiSpoofing, Context, FastpathConfig
-from pyflannel.dataplane.forwarder import Forwarder
-from pyflannel.dataplane.interface import Choice, choose_interface
-from pyflannel.dataplane.netlink import Link, Netlink
+from pyflannel.dataplane.fastpath import Context
+from pyflannel.dataplane.netlink import Netlink
 from pyflannel.dataplane.refusal import Refusal
-from pyflannel.dataplane.route import Delete, IPNetwork, MacAddress, Replace, RouteChange
-from pyflannel.dataplane.tun import Tun
-from pyflannel.dataplane.underlay import Underlay
+from pyflannel.dataplane.route import MacAddress
 from pyflannel.health import HealthServer, Readiness
 from pyflannel.notify import notify
 from pyflannel.options import Options, unserved_flags
+from pyflannel.overlay import Overlay, choose_underlay, remove_kernel_device
 from pyflannel.suspects import report_suspects
 
 log = logging.getLogger(__name__)
-
-OVERHEAD_BYTES = 50
-"""Outer IPv4, UDP, VXLAN and inner Ethernet header, counted against the underlay MTU."""
 
 RETRY_SECONDS = 1.0
 REMIND_EVERY = 60
 MACHINE_ID = Path("/etc/machine-id")
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class Underlying:
-    """The interface that carries the overlay, and the address that peers are told."""
-
-    choice: Choice
-    public_ip: IPv4Address
-    mtu: int
-
-
-class HostRoutes:
-    """Applies route changes to the FIB first, then to the kernel, so that no packet is early."""
-
-    def __init__(self, context: Context, netlink: Netlink, device: str) -> None:
-        self._context = context
-        self._netlink = netlink
-        self._device = device
-
-    async def apply(self, changes: Sequence[RouteChange]) -> None:
-        """Program changes in order; a route the kernel refuses is logged, the others stand."""
-        kernel: dict[IPNetwork, bool] = {}
-        for change in changes:
-            if isinstance(change, Replace):
-                self._context.replace(change.route)
-                kernel[change.route.subnet] = True
-            else:
-                assert isinstance(change, Delete)
-                kernel[change.subnet] = False
-        replaced = [x for x, wanted in kernel.items() if wanted and isinstance(x, IPv4Network)]
-        deleted = [x for x, wanted in kernel.items() if not wanted and isinstance(x, IPv4Network)]
-        failed = await self._netlink.apply_routes(self._device, replaced, deleted)
-        for subnet in deleted:
-            self._context.delete(subnet)
-        for subnet, err in failed:
-            log.error("kernel route to %s: %s", subnet, os.strerror(err))
 
 
 async def _until_etcd_answers(what: str, attempt: Callable[[], Awaitable[T | None]]) -> T:
@@ -123,56 +80,6 @@ def _check_supported(config: NetworkConfig, key: str) -> None:
         log.warning("DirectRouting is not applied: packets to every peer are encapsulated")
     if config.backend.learning:
         log.warning("Learning is ignored: peers are known from etcd")
-
-
-async def _choose_underlay(options: Options, netlink: Netlink, config: NetworkConfig) -> Underlying:
-    reachable = None
-    if options.iface_can_reach is not None:
-        reachable = await netlink.route_to(options.iface_can_reach)
-    choice = choose_interface(
-        await netlink.interfaces(),
-        names=options.iface,
-        regexes=options.iface_regex,
-        can_reach=options.iface_can_reach,
-        public_ip=options.public_ip,
-        default_route_name=await netlink.default_route_interface(),
-        reach=lambda _: reachable,
-    )
-    log.info("Using interface with name %s and address %s", choice.name, choice.address)
-    log.info("Chose %s: it %s", choice.name, choice.why)
-    if options.public_ip is None:
-        log.info("Defaulting external address to interface address (%s)", choice.address)
-    else:
-        log.info("Using %s as external address", options.public_ip)
-    mtu = choice.mtu
-    if config.backend.mtu is not None:
-        if config.backend.mtu > mtu:
-            log.warning("Backend.MTU %d is above %s's %d", config.backend.mtu, choice.name, mtu)
-        mtu = min(mtu, config.backend.mtu)
-    if mtu <= OVERHEAD_BYTES:
-        raise Refusal(
-            f"an outer MTU of {mtu} leaves no room for packets; check Backend.MTU and {choice.name}"
-        )
-    return Underlying(choice, options.public_ip or choice.address, mtu - OVERHEAD_BYTES)
-
-
-async def _remove_kernel_device(options: Options, netlink: Netlink, device: str) -> Link | None:
-    """Return the kernel's vxlan device of our name after deleting it, None if there is none."""
-    link = await netlink.link(device)
-    if link is None or link.kind == "tun":
-        return None
-    if link.kind != "vxlan":
-        raise Refusal(
-            f"{device} exists and is a {link.kind} device; remove it: ip link del {device}"
-        )
-    if not options.replace_kernel_device:
-        raise Refusal(
-            f"{device} is a kernel vxlan device left by flanneld and holds our name and UDP port; "
-            f"stop flanneld, then `ip link del {device}` or start with --replace-kernel-device"
-        )
-    await netlink.delete_link(device)
-    log.warning("deleted the kernel vxlan device %s (--replace-kernel-device)", device)
-    return link
 
 
 def _lease_mac(leases: Sequence[Lease], public_ip: IPv4Address) -> MacAddress | None:
@@ -208,26 +115,17 @@ class Daemon:
         stack.push_async_callback(etcd.close)
         config = await self._read_config(etcd)
         netlink = await stack.enter_async_context(Netlink())
-        underlying = await _choose_underlay(options, netlink, config)
+        underlying = await choose_underlay(options, netlink, config)
         device = f"flannel.{config.backend.vni}"
-        kernel_link = await _remove_kernel_device(options, netlink, device)
-
-        holders = await netlink.vxlan_devices_on_port(config.backend.port)
-        underlay = Underlay.open(
-            underlying.choice.name,
-            underlying.choice.address,
-            config.backend.port,
-            options.source_ports,
-            vxlan_devices=holders,
+        kernel_mac = await remove_kernel_device(
+            device, netlink, replace=options.replace_kernel_device
         )
-        stack.callback(underlay.close)
-        tun = Tun.open(device)
-        stack.callback(tun.close)
-        undo = stack.enter_context(contextlib.ExitStack())
-        if tun.created:
-            undo.callback(tun.delete)
-
-        mac = await self._own_mac(etcd, device, underlying.public_ip, kernel_link)
+        overlay = await Overlay.open(
+            options, netlink, config, underlying, stack.enter_context(contextlib.ExitStack())
+        )
+        mac = await self._own_mac(etcd, device, underlying.public_ip, kernel_mac)
+        overlay.identify(mac)
+        self._context = overlay.context
         keeper = LeaseKeeper(
             etcd,
             options.etcd_prefix,
@@ -239,60 +137,31 @@ class Daemon:
         )
         lease = await keeper.acquire()
         assert config.network is not None
-        context = Context(
-            FastpathConfig(
-                vni=config.backend.vni,
-                mac=mac,
-                network=config.network,
-                anti_spoofing=AntiSpoofing[options.anti_spoofing.upper()],
-                ignore_reserved_bits=options.reserved_bits == "ignore",
-                peer_sources=options.peer_source,
-            )
-        )
-        stack.callback(context.close)
-        self._context = context
-        forwarder = Forwarder(context, self._on_tun_lost)
-        stack.callback(forwarder.close)
-
         table = LeaseTable(underlying.public_ip, config.network, config.backend.port)
         self._table = table
-        sink = HostRoutes(context, netlink, device)
-
-        async def adopt(own: Lease) -> None:
-            subnet = own.subnet.ipv4
-            await sink.apply(table.set_own_subnet(subnet))
-            await netlink.configure_device(
-                device,
-                subnet.network_address,
-                underlying.mtu,
-                options.tun_queue_length,
-                config.network,
-            )
-            self._write_subnet_file(config, subnet, underlying.mtu)
-
-        sync = RouteSync(etcd, options.etcd_prefix, table, sink)
         table.set_own_subnet(lease.subnet.ipv4)
-        await netlink.configure_device(
-            device,
-            lease.subnet.ipv4.network_address,
-            underlying.mtu,
-            options.tun_queue_length,
-            config.network,
-        )
+        await overlay.adopt(lease.subnet.ipv4)
+        sync = RouteSync(etcd, options.etcd_prefix, table, overlay)
         await sync.first_snapshot()
-        wanted = [x.subnet for x in table.routes() if isinstance(x.subnet, IPv4Network)]
-        _added, removed = await netlink.sync_routes(device, wanted)
-        log.info("Routes on %s: %d peers, %d stale removed", device, len(wanted), removed)
-        forwarder.start(tun.fd, underlay.receive_fd, underlay.send_fds)
+        await overlay.reconcile([route.subnet for route in table.routes()])
+        overlay.forward(self._on_tun_lost)
         self._write_subnet_file(config, lease.subnet.ipv4, underlying.mtu)
-        undo.pop_all()
+        overlay.keep_device()
         self._readiness.clear("starting")
         notify("READY=1")
         log.info("Running backend.")
+
+        async def adopt(own: Lease) -> None:
+            await overlay.apply(table.set_own_subnet(own.subnet.ipv4))
+            await overlay.adopt(own.subnet.ipv4)
+            self._write_subnet_file(config, own.subnet.ipv4, underlying.mtu)
+
         await self._supervise(
             keeper.run(adopt),
             sync.run(),
-            report_suspects(context, table.leases, dropped=options.anti_spoofing == "enforce"),
+            report_suspects(
+                overlay.context, table.leases, dropped=options.anti_spoofing == "enforce"
+            ),
         )
 
     async def _serve_health(self) -> None:
@@ -328,7 +197,7 @@ class Daemon:
         return config
 
     async def _own_mac(
-        self, etcd: Etcd, device: str, public_ip: IPv4Address, kernel_link: Link | None
+        self, etcd: Etcd, device: str, public_ip: IPv4Address, kernel_mac: MacAddress | None
     ) -> MacAddress:
         path = self._options.state_dir / f"{device}.json"
         machine_id = MACHINE_ID.read_text().strip() if MACHINE_ID.exists() else ""
@@ -344,7 +213,7 @@ class Daemon:
         leases = await _until_etcd_answers("the list of leases in etcd", read)
         mac, origin = pick_vtep_mac(
             load_vtep_mac(path, machine_id),
-            kernel_link.mac if kernel_link is not None else None,
+            kernel_mac,
             _lease_mac(leases, public_ip),
             os.urandom,
         )

@@ -1,0 +1,222 @@
+"""One address family's half of the node: device, sockets, FIB and the kernel's routes.
+
+It brings the data plane up step by step and applies route changes to both tables. It does not know
+etcd: which subnet is ours and which routes there are is the daemon's business.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv4Network
+
+from pyflannel.control.network_config import NetworkConfig
+from pyflannel.dataplane.fastpath import AntiSpoofing, Context, FastpathConfig
+from pyflannel.dataplane.forwarder import Forwarder
+from pyflannel.dataplane.interface import Choice, choose_interface
+from pyflannel.dataplane.netlink import Netlink
+from pyflannel.dataplane.refusal import Refusal
+from pyflannel.dataplane.route import Delete, IPNetwork, MacAddress, Replace, RouteChange
+from pyflannel.dataplane.tun import Tun
+from pyflannel.dataplane.underlay import Underlay
+from pyflannel.options import Options
+
+log = logging.getLogger(__name__)
+
+OVERHEAD_BYTES = 50
+"""Outer IPv4, UDP, VXLAN and inner Ethernet header, counted against the underlay MTU."""
+
+
+@dataclass(frozen=True, slots=True)
+class Underlying:
+    """The interface that carries the overlay, and the address that peers are told.
+
+    `mtu` is that of packets inside the overlay, in bytes.
+    """
+
+    choice: Choice
+    public_ip: IPv4Address
+    mtu: int
+
+
+async def choose_underlay(options: Options, netlink: Netlink, config: NetworkConfig) -> Underlying:
+    """Choose interface, address and MTU; Refusal when none fits (spec section 10)."""
+    reachable = None
+    if options.iface_can_reach is not None:
+        reachable = await netlink.route_to(options.iface_can_reach)
+    choice = choose_interface(
+        await netlink.interfaces(),
+        names=options.iface,
+        regexes=options.iface_regex,
+        can_reach=options.iface_can_reach,
+        public_ip=options.public_ip,
+        default_route_name=await netlink.default_route_interface(),
+        reach=lambda _: reachable,
+    )
+    log.info("Using interface with name %s and address %s", choice.name, choice.address)
+    log.info("Chose %s: it %s", choice.name, choice.why)
+    if options.public_ip is None:
+        log.info("Defaulting external address to interface address (%s)", choice.address)
+    else:
+        log.info("Using %s as external address", options.public_ip)
+    mtu = choice.mtu
+    if config.backend.mtu is not None:
+        if config.backend.mtu > mtu:
+            log.warning("Backend.MTU %d is above %s's %d", config.backend.mtu, choice.name, mtu)
+        mtu = min(mtu, config.backend.mtu)
+    if mtu <= OVERHEAD_BYTES:
+        raise Refusal(
+            f"an outer MTU of {mtu} leaves no room for packets; check Backend.MTU and {choice.name}"
+        )
+    return Underlying(choice, options.public_ip or choice.address, mtu - OVERHEAD_BYTES)
+
+
+async def remove_kernel_device(
+    device: str, netlink: Netlink, *, replace: bool
+) -> MacAddress | None:
+    """Delete the kernel's vxlan device of our name and return its MAC, None if there is none.
+
+    Refusal unless `replace` (`--replace-kernel-device`), or when the device is of another kind.
+    """
+    link = await netlink.link(device)
+    if link is None or link.kind == "tun":
+        return None
+    if link.kind != "vxlan":
+        raise Refusal(
+            f"{device} exists and is a {link.kind} device; remove it: ip link del {device}"
+        )
+    if not replace:
+        raise Refusal(
+            f"{device} is a kernel vxlan device left by flanneld and holds our name and UDP port; "
+            f"stop flanneld, then `ip link del {device}` or start with --replace-kernel-device"
+        )
+    await netlink.delete_link(device)
+    log.warning("deleted the kernel vxlan device %s (--replace-kernel-device)", device)
+    return link.mac
+
+
+class Overlay:
+    """The data plane of one family; opened by `open`, then `identify`, `adopt`, `forward`.
+
+    Leaving the exit stack given to `open` closes it. A device that was made by this start goes
+    with it, until `keep_device` is called.
+    """
+
+    def __init__(
+        self,
+        options: Options,
+        netlink: Netlink,
+        config: NetworkConfig,
+        underlying: Underlying,
+        tun: Tun,
+        underlay: Underlay,
+        stack: contextlib.ExitStack,
+    ) -> None:
+        self.underlying = underlying
+        self.device = tun.name
+        self._options = options
+        self._netlink = netlink
+        self._config = config
+        self._tun = tun
+        self._underlay = underlay
+        self._stack = stack
+        self._undo = stack.enter_context(contextlib.ExitStack())
+        if tun.created:
+            self._undo.callback(tun.delete)
+        self._context: Context | None = None
+
+    @classmethod
+    async def open(
+        cls,
+        options: Options,
+        netlink: Netlink,
+        config: NetworkConfig,
+        underlying: Underlying,
+        stack: contextlib.ExitStack,
+    ) -> Overlay:
+        """Open the sockets and the TUN; Refusal when the host says no."""
+        backend = config.backend
+        underlay = Underlay.open(
+            underlying.choice.name,
+            underlying.choice.address,
+            backend.port,
+            options.source_ports,
+            vxlan_devices=await netlink.vxlan_devices_on_port(backend.port),
+        )
+        stack.callback(underlay.close)
+        tun = Tun.open(f"flannel.{backend.vni}")
+        stack.callback(tun.close)
+        return cls(options, netlink, config, underlying, tun, underlay, stack)
+
+    @property
+    def context(self) -> Context:
+        """The fast path; only after `identify`."""
+        assert self._context is not None
+        return self._context
+
+    def identify(self, mac: MacAddress) -> None:
+        """Make the fast path of the node whose VTEP MAC this is; its FIB is empty."""
+        options, config = self._options, self._config
+        assert config.network is not None
+        self._context = Context(
+            FastpathConfig(
+                vni=config.backend.vni,
+                mac=mac,
+                network=config.network,
+                anti_spoofing=AntiSpoofing[options.anti_spoofing.upper()],
+                ignore_reserved_bits=options.reserved_bits == "ignore",
+                peer_sources=options.peer_source,
+            )
+        )
+        self._stack.callback(self._context.close)
+
+    async def adopt(self, subnet: IPv4Network) -> None:
+        """Give the device the address of our subnet, the MTU and its queue, and bring it up."""
+        assert self._config.network is not None
+        await self._netlink.configure_device(
+            self.device,
+            subnet.network_address,
+            self.underlying.mtu,
+            self._options.tun_queue_length,
+            self._config.network,
+        )
+
+    async def apply(self, changes: Sequence[RouteChange]) -> None:
+        """Program changes, the FIB first so that no packet is early.
+
+        A route the kernel refuses is logged, the others stand.
+        """
+        kernel: dict[IPNetwork, bool] = {}
+        for change in changes:
+            if isinstance(change, Replace):
+                self.context.replace(change.route)
+                kernel[change.route.subnet] = True
+            else:
+                assert isinstance(change, Delete)
+                kernel[change.subnet] = False
+        replaced = [x for x, wanted in kernel.items() if wanted and isinstance(x, IPv4Network)]
+        deleted = [x for x, wanted in kernel.items() if not wanted and isinstance(x, IPv4Network)]
+        failed = await self._netlink.apply_routes(self.device, replaced, deleted)
+        for subnet in deleted:
+            self.context.delete(subnet)
+        for subnet, err in failed:
+            log.error("kernel route to %s: %s", subnet, os.strerror(err))
+
+    async def reconcile(self, wanted: Sequence[IPNetwork]) -> None:
+        """Make the kernel's routes on our device exactly these; stale ones are removed."""
+        subnets = [subnet for subnet in wanted if isinstance(subnet, IPv4Network)]
+        _, removed = await self._netlink.sync_routes(self.device, subnets)
+        log.info("Routes on %s: %d peers, %d stale removed", self.device, len(subnets), removed)
+
+    def forward(self, on_lost: Callable[[OSError], None]) -> None:
+        """Begin to forward; `on_lost` is called when the device disappears."""
+        forwarder = Forwarder(self.context, on_lost)
+        self._stack.callback(forwarder.close)
+        forwarder.start(self._tun.fd, self._underlay.receive_fd, self._underlay.send_fds)
+
+    def keep_device(self) -> None:
+        """Leave the device behind at exit from now on, as the start has succeeded."""
+        self._undo.pop_all()
