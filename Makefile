@@ -2,13 +2,18 @@
 
 PYTHON := .venv/bin/python
 
-.PHONY: setup demo test lint format clean
+QUICK :=
+
+.PHONY: setup demo bench test lint format clean
 
 setup:
 	bash .ci/setup
 
 demo: setup
 	$(PYTHON) -m bench.demo
+
+bench: setup
+	$(PYTHON) -m bench $(if $(QUICK),--quick)
 
 test: setup
 	$(PYTHON) -m pytest
@@ -26,4 +31,4 @@ format: setup
 	clang-format -i $$(git ls-files '*.c' '*.h' ':!:dataplane/_fastpath_abi.h')
 
 clean:
-	rm -rf .venv build dist src/*.egg-info dataplane/*.so .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv bench/bin build dist src/*.egg-info dataplane/*.so .mypy_cache .ruff_cache .pytest_cache

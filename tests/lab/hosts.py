@@ -5,8 +5,8 @@
             eth0     eth0     eth0      192.168.77.11, .12, .13
             h1       h2       h3        each with a "container" c1.. behind cni0
 
-The underlay is wire-sized: segmentation and checksum offloads of every veth end are off, so frames
-are MTU-sized and every checksum is real.
+The underlay is wire-sized unless a lab is made with another of UNDERLAYS: segmentation and checksum
+offloads of every veth end are off, so frames are MTU-sized and every checksum is real.
 """
 
 from __future__ import annotations
@@ -26,12 +26,34 @@ from ipaddress import IPv4Address, IPv4Interface, IPv4Network
 from pathlib import Path
 from types import FrameType
 
-OFFLOADS = ("tx", "tso", "gso", "tx-udp-segmentation")
 ETCD_PORT = 2379
 PREFIX = "/coreos.com/network"
 UNDERLAY = IPv4Network("192.168.77.0/24")
+CABLE = IPv4Network("192.168.78.0/30")
 SWITCH_ADDRESS = UNDERLAY[1]
 DEADLINE_SECONDS = 30.0
+
+NO_SEGMENTATION = ("tso", "off", "gso", "off", "tx-udp-segmentation", "off")
+
+
+@dataclass(frozen=True)
+class Underlay:
+    """What `ethtool -K` sets on every veth end, and on a cable's ends in addition."""
+
+    every_end: tuple[str, ...]
+    cable: tuple[str, ...] = ()
+
+
+WIRE_SIZED = Underlay(("tx", "off", *NO_SEGMENTATION))
+# A network card coalesces what it receives (GRO), which a veth does only when told.
+UNDERLAYS = {
+    "veth-default": Underlay(()),
+    "wire": Underlay(
+        (*NO_SEGMENTATION, "tx-udp_tnl-segmentation", "off", "tx-udp_tnl-csum-segmentation", "off"),
+        ("gro", "on"),
+    ),
+    "wire-nocsum": Underlay(("tx", "off", *NO_SEGMENTATION), ("gro", "on")),
+}
 
 
 def run(*command: str, check: bool = True) -> str:
@@ -99,9 +121,10 @@ class Namespace:
 
 @dataclass
 class Host(Namespace):
-    """A namespace with eth0 on the switch."""
+    """A namespace with eth0 on the switch; `iface` carries the overlay, from `address`."""
 
     address: IPv4Address = SWITCH_ADDRESS
+    iface: str = "eth0"
     folder: Path = Path()
     container: Namespace | None = None
 
@@ -124,7 +147,8 @@ class Host(Namespace):
 class Lab:
     """A switch and hosts; everything is gone after `close`."""
 
-    def __init__(self) -> None:
+    def __init__(self, underlay: Underlay = WIRE_SIZED) -> None:
+        self._underlay = underlay
         self._stack = ExitStack()
         self._tag = f"pfu-{secrets.token_hex(3)}"
         self.folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix=self._tag)))
@@ -165,14 +189,27 @@ class Lab:
         self.hosts.append(host)
         return host
 
+    def cable(self, a: Host, b: Host) -> None:
+        """Join two hosts by a cable on eth1 and let it carry the overlay; etcd stays on eth0.
+
+        It spares the cores the work of a switch, which on a real network is none of the hosts'.
+        """
+        self._connect(a, "eth1", b, "eth1")
+        for number, host in enumerate((a, b), 1):
+            host.iface, host.address = "eth1", CABLE[number]
+            if self._underlay.cable:
+                host.exec("ethtool", "-K", "eth1", *self._underlay.cable)
+            host.ip("addr", "add", f"{host.address}/{CABLE.prefixlen}", "dev", "eth1")
+            host.ip("link", "set", "eth1", "up")
+
     def _connect(self, a: Namespace, a_name: str, b: Namespace, b_name: str) -> None:
         # fmt: off
         run("ip", "link", "add", a_name, "netns", a.name, "type", "veth",
             "peer", "name", b_name, "netns", b.name)
         # fmt: on
-        for namespace, name in ((a, a_name), (b, b_name)):
-            words = [word for offload in OFFLOADS for word in (offload, "off")]
-            namespace.exec("ethtool", "-K", name, *words)
+        if self._underlay.every_end:
+            for namespace, name in ((a, a_name), (b, b_name)):
+                namespace.exec("ethtool", "-K", name, *self._underlay.every_end)
 
     def start_etcd(self) -> None:
         """Start etcd on the switch; its data survive `stop_etcd`."""
@@ -220,14 +257,18 @@ class Lab:
         host: Host,
         *flags: str,
         wait: bool = True,
-        iface: str = "eth0",
+        iface: str | None = None,
         wrapper: Sequence[str] = (),
+        python: str = sys.executable,
     ) -> int:
-        """Start pyflannel-udp on a host, behind a wrapper command; wait until it is ready."""
+        """Start pyflannel-udp on a host, behind a wrapper command; wait until it is ready.
+
+        `python` chooses an installation.
+        """
         before = host.log.read_text().count("Running backend.") if host.log.exists() else 0
         # fmt: off
         index = host.start(
-            *wrapper, sys.executable, "-m", "pyflannel", "--iface", iface,
+            *wrapper, python, "-m", "pyflannel", "--iface", iface or host.iface,
             "--etcd-endpoints", f"http://{SWITCH_ADDRESS}:{ETCD_PORT}",
             "--subnet-file", str(host.subnet_file), "--state-dir", str(host.folder / "state"),
             *flags, log=host.log,
@@ -248,7 +289,7 @@ class Lab:
         """Make a flannel node of the kernel's vxlan device, without peers yet."""
         # fmt: off
         host.ip("link", "add", "flannel.1", "address", mac, "type", "vxlan", "id", "1", "dev",
-                "eth0", "local", str(host.address), "dstport", "8472", "nolearning")
+                host.iface, "local", str(host.address), "dstport", "8472", "nolearning")
         # fmt: on
         host.ip("link", "set", "flannel.1", "mtu", "1450", "up")
         host.ip("addr", "add", f"{subnet.network_address}/32", "dev", "flannel.1")
@@ -301,14 +342,14 @@ class Lab:
 
 
 @contextmanager
-def lab(hosts: int) -> Iterator[Lab]:
+def lab(hosts: int, underlay: Underlay = WIRE_SIZED) -> Iterator[Lab]:
     """Make a lab with etcd and some hosts; removed in every exit path, SIGTERM too."""
 
     def end(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)
 
     old = signal.signal(signal.SIGTERM, end)
-    made = Lab()
+    made = Lab(underlay)
     try:
         made.start_etcd()
         for _ in range(hosts):

@@ -1,0 +1,75 @@
+"""The measuring tools on two hosts and a cable: h1 eth1 ---- eth1 h2."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterator
+
+import pytest
+
+from bench.cases import CASES, GBITS, RATE, RTT_P50, UDP_LOAD
+from bench.machine import CpuWindow
+from bench.variants import Stack, build, compile_tools, parse_variant
+from tests.lab.require import require_program, require_root
+
+
+@pytest.fixture(scope="module")
+def stack() -> Iterator[Stack]:
+    require_root()
+    for program in ("ethtool", "gcc", "iperf3", "make"):
+        require_program(program)
+    compile_tools()
+    made = build(parse_variant("plain"), "wire-nocsum")
+    yield made
+    made.close()
+
+
+def _load(stack: Stack, *flags: str) -> dict[str, float]:
+    # fmt: off
+    done = subprocess.run(
+        [UDP_LOAD, "--from", stack.source.name, "--to", stack.sink.name,
+         "--address", str(stack.target), *flags],
+        check=True, capture_output=True, text=True,
+    )
+    # fmt: on
+    report: dict[str, float] = json.loads(done.stdout)
+    return report
+
+
+CHECKED = ("--check", "--size", "20-3000", "--flows", "4", "--count", "20000", "--rate", "40000")
+
+
+def test_udp_load_counts_every_packet(stack: Stack) -> None:
+    report = _load(stack, *CHECKED)
+    assert report["sent"] == report["received"] == 20000
+    assert report["reordered"] == report["duplicated"] == report["corrupt"] == 0
+    assert report["rate"] == pytest.approx(40000, rel=0.1)
+
+
+def test_udp_load_sees_loss_and_changed_bytes(stack: Stack) -> None:
+    nft = stack.sink.exec
+    nft("nft", "add table ip t { chain c { type filter hook input priority 0; }; }")
+    try:
+        nft("nft", "add rule ip t c udp dport 9 numgen inc mod 10 == 0 drop")
+        # Bytes 40..43 behind the UDP header, in packets that have them.
+        nft("nft", "add rule ip t c udp dport 9 numgen inc mod 9 == 0 @th,320,32 set 7")
+        report = _load(stack, *CHECKED, "--size", "64")
+    finally:
+        nft("nft", "delete table ip t")
+    assert report["sent"] - report["received"] - report["corrupt"] == 2000
+    assert report["corrupt"] == 2000
+
+
+def test_cases_measure(stack: Stack) -> None:
+    tcp, udp, rtt = (CASES[name].measure(stack, 1) for name in ("tcp1", "udp64", "rtt"))
+    assert tcp.values[GBITS] > 0.1
+    assert udp.values[RATE] > 1
+    assert rtt.values[RTT_P50] > 1
+
+
+def test_cpu_window_tells_own_from_foreign() -> None:
+    window = CpuWindow()
+    while (use := window.end()).elapsed < 0.5:
+        pass
+    assert use.used > 0.3
