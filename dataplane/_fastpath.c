@@ -144,8 +144,8 @@ void decap_datagram(const struct fp_ctx *ctx, uint8_t *datagram, size_t length,
 		    const struct inet_address *outer_source, uint8_t outer_tos, struct decap *out)
 {
 	const struct vxlan_push *push = (const struct vxlan_push *)datagram;
+	struct flow *flow = &out->flow;
 	uint16_t ethertype;
-	struct flow flow;
 	int reason, ecn;
 
 	*out = (struct decap) { .drop = -1, .spoofed = -1 };
@@ -185,22 +185,20 @@ void decap_datagram(const struct fp_ctx *ctx, uint8_t *datagram, size_t length,
 		return;
 	}
 	out->packet = datagram + sizeof(*push);
-	if (!flow_parse(out->packet, length - sizeof(*push), ethertype, &flow)) {
+	if (!flow_parse(out->packet, length - sizeof(*push), ethertype, flow)) {
 		out->drop = FP_DROP_INNER_MALFORMED;
 		return;
 	}
-	out->length = flow.length;
-	out->inner_source = flow.source;
 	if (ctx->config.anti_spoofing != FP_SPOOF_OFF &&
-	    !source_allowed(ctx, out->sender, &flow.source) &&
+	    !source_allowed(ctx, out->sender, &flow->source) &&
 	    spoof_drops(ctx, FP_DROP_INNER_SOURCE, out))
 		return;
-	ecn = ecn_pop(outer_tos & ECN_MASK, flow.ecn);
+	ecn = ecn_pop(outer_tos & ECN_MASK, flow->ecn);
 	if (ecn == ECN_DROP) {
 		out->drop = FP_DROP_ECN;
 		return;
 	}
-	if (ecn != flow.ecn)
+	if (ecn != flow->ecn)
 		flow_set_ecn(out->packet, ethertype, (uint8_t)ecn);
 }
 
@@ -214,7 +212,6 @@ void decap_datagram(const struct fp_ctx *ctx, uint8_t *datagram, size_t length,
 void encap_packet(const struct fp_ctx *ctx, const uint8_t *packet, size_t length, struct encap *out)
 {
 	unsigned int version = length ? packet[0] >> 4 : 0;
-	struct flow flow;
 
 	*out = (struct encap) { .drop = -1 };
 	if (version != 4 && version != 6) {
@@ -225,22 +222,21 @@ void encap_packet(const struct fp_ctx *ctx, const uint8_t *packet, size_t length
 		out->drop = FP_DROP_ENCAP_FAMILY;
 		return;
 	}
-	if (!flow_parse(packet, length, version == 4 ? ETHERTYPE_IPV4 : ETHERTYPE_IPV6, &flow)) {
+	if (!flow_parse(packet, length, version == 4 ? ETHERTYPE_IPV4 : ETHERTYPE_IPV6,
+			&out->flow)) {
 		out->drop = FP_DROP_ENCAP_MALFORMED;
 		return;
 	}
-	if (flow_is_multicast(&flow.destination)) {
+	if (flow_is_multicast(&out->flow.destination)) {
 		out->drop = FP_DROP_ENCAP_MULTICAST;
 		return;
 	}
-	out->peer = fib_lookup(ctx->fib, &flow.destination);
+	out->peer = fib_lookup(ctx->fib, &out->flow.destination);
 	if (!out->peer) {
 		out->drop = FP_DROP_NO_ROUTE;
 		return;
 	}
-	out->length = flow.length;
-	out->outer_tos = ecn_push(flow.ecn);
-	out->hash = flow.hash;
+	out->outer_tos = ecn_push(out->flow.ecn);
 }
 
 /**
@@ -451,7 +447,7 @@ int fp_decap_check(struct fp_ctx *ctx, uint8_t *datagram, size_t length,
 	caller_leave(ctx);
 	if (out.drop < 0) {
 		*inner_offset = (size_t)(out.packet - datagram);
-		*inner_length = out.length;
+		*inner_length = out.flow.length;
 	}
 	return out.drop;
 }
@@ -472,7 +468,7 @@ int fp_encap_check(struct fp_ctx *ctx, const uint8_t *packet, size_t length, uin
 	if (out.drop < 0) {
 		memcpy(header, &out.peer->push, sizeof(out.peer->push));
 		*outer_tos = out.outer_tos;
-		*flow = out.hash;
+		*flow = out.flow.hash;
 		route_of(out.peer, found);
 	}
 	caller_leave(ctx);

@@ -80,14 +80,20 @@ struct fp_peer_traffic {
 	uint64_t drops;
 };
 
-/* `spoofed` counts by fp_drop what mode `log` would have dropped and passed on. */
+/*
+ * `spoofed` counts by fp_drop what mode `log` would have dropped and passed on. A read, send, receive
+ * or write is one packet or message that may hold many packets, so packets by it is the batch size.
+ */
 struct fp_counters {
 	struct fp_traffic traffic;
 	uint64_t drops[FP_DROP_REASONS];
 	uint64_t spoofed[FP_DROP_REASONS];
-	uint64_t encap_batches;
-	uint64_t decap_batches;
-	uint64_t send_blocked;
+	uint64_t tun_reads;
+	uint64_t sends;
+	uint64_t sends_unsegmented;
+	uint64_t sends_blocked;
+	uint64_t receives;
+	uint64_t tun_writes;
 };
 
 /* One packet that failed a source check, kept for the operator's log. */
@@ -96,6 +102,23 @@ struct fp_suspect {
 	uint8_t outer_source[16];
 	uint8_t mac[6];
 	uint8_t inner_source[16];
+};
+
+/*
+ * The descriptors of a worker and which offloads they have. All are non-blocking and stay the
+ * caller's. `tun` are queues to read from; `tun_write` is written to and may be one of them.
+ */
+struct fp_io {
+	size_t tun_count;
+	const int *tun;
+	int tun_write;
+	int receive;
+	size_t send_count;
+	const int *send;
+	int segment; /* sockets in `send` take UDP_SEGMENT */
+	int coalesce_tcp; /* the TUN takes TCP super-packets */
+	int coalesce_udp; /* the TUN takes UDP super-packets */
+	unsigned int poll_us; /* threads: how long to poll after the last packet */
 };
 
 struct fp_ctx;
@@ -114,11 +137,13 @@ size_t fp_peers_traffic(struct fp_ctx *ctx, struct fp_peer_traffic *into, size_t
 void fp_counters_read(struct fp_ctx *ctx, struct fp_counters *into);
 size_t fp_suspects_take(struct fp_ctx *ctx, struct fp_suspect *into, size_t capacity);
 
-struct fp_worker *fp_worker_new(struct fp_ctx *ctx, int tun_fd, int receive_fd,
-				const int *send_fds, size_t send_count);
+struct fp_worker *fp_worker_new(struct fp_ctx *ctx, const struct fp_io *io);
 void fp_worker_free(struct fp_worker *worker);
 int fp_worker_fd(const struct fp_worker *worker);
 int fp_worker_turn(struct fp_worker *worker);
+int fp_worker_start(struct fp_worker *worker, int threads, int adaptive);
+int fp_worker_stop(struct fp_worker *worker);
+int fp_worker_error(const struct fp_worker *worker);
 
 int fp_decap_check(struct fp_ctx *ctx, uint8_t *datagram, size_t length, const uint8_t *outer_source,
 		   uint8_t outer_tos, size_t *inner_offset, size_t *inner_length);

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
 from pyflannel.dataplane._fastpath import ffi, lib
 
+from pyflannel.dataplane.offload import NO_OFFLOAD, Offload
 from pyflannel.dataplane.route import IPAddress, IPNetwork, MacAddress, Route, Vni
 
 PUSH_BYTES = 22
@@ -53,6 +53,21 @@ class FastpathConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class WorkerIo:
+    """The descriptors of a worker; packets are read from `tun` and written to `tun_write`.
+
+    `poll_us`: how long a thread polls after the last packet before it sleeps, in microseconds.
+    """
+
+    tun: tuple[int, ...]
+    tun_write: int
+    receive: int
+    send: tuple[int, ...]
+    offload: Offload = NO_OFFLOAD
+    poll_us: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Traffic:
     """Packets, and bytes of their inner IP packets, per direction."""
 
@@ -64,14 +79,21 @@ class Traffic:
 
 @dataclass(frozen=True, slots=True)
 class Counters:
-    """Sums since start; `drops` and `spoofed` (what mode `log` let pass) by drop reason."""
+    """Sums since start; `drops` and `spoofed` (what mode `log` let pass) by drop reason.
+
+    A read, send, receive or write moves one packet or a batch of them, so packets by it is the
+    size of a batch.
+    """
 
     traffic: Traffic
     drops: dict[str, int]
     spoofed: dict[str, int]
-    encap_batches: int
-    decap_batches: int
-    send_blocked: int
+    tun_reads: int
+    sends: int
+    sends_unsegmented: int
+    sends_blocked: int
+    receives: int
+    tun_writes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,9 +251,12 @@ class Context:
             traffic=_traffic(raw.traffic),
             drops=dict(zip(DROP_REASONS, raw.drops)),
             spoofed=dict(zip(DROP_REASONS, raw.spoofed)),
-            encap_batches=raw.encap_batches,
-            decap_batches=raw.decap_batches,
-            send_blocked=raw.send_blocked,
+            tun_reads=raw.tun_reads,
+            sends=raw.sends,
+            sends_unsegmented=raw.sends_unsegmented,
+            sends_blocked=raw.sends_blocked,
+            receives=raw.receives,
+            tun_writes=raw.tun_writes,
         )
 
     def take_suspects(self) -> list[Suspect]:
@@ -271,12 +296,21 @@ class Context:
             return Dropped(DROP_REASONS[drop])
         return bytes(raw[offset[0] : offset[0] + length[0]])
 
-    def worker(self, tun_fd: int, receive_fd: int, send_fds: Sequence[int]) -> Worker:
-        """Make a worker over non-blocking descriptors, which stay the caller's."""
-        raw = lib.fp_worker_new(self._ctx, tun_fd, receive_fd, list(send_fds), len(send_fds))
-        if raw == ffi.NULL:
+    def worker(self, io: WorkerIo) -> Worker:
+        """Make a worker over non-blocking descriptors, which stay the caller's; OSError."""
+        tun, send = ffi.new("int[]", list(io.tun)), ffi.new("int[]", list(io.send))
+        raw = ffi.new("struct fp_io *")
+        raw.tun_count, raw.tun, raw.tun_write = len(io.tun), tun, io.tun_write
+        raw.receive = io.receive
+        raw.send_count, raw.send = len(io.send), send
+        raw.segment = Offload.GSO in io.offload
+        raw.coalesce_tcp = Offload.TSO in io.offload
+        raw.coalesce_udp = Offload.USO in io.offload
+        raw.poll_us = io.poll_us
+        worker = lib.fp_worker_new(self._ctx, raw)
+        if worker == ffi.NULL:
             raise OSError(ffi.errno, f"packet worker: {os.strerror(ffi.errno)}")
-        return Worker(raw)
+        return Worker(worker)
 
     def close(self) -> None:
         """Free the context; its workers are closed before."""
@@ -285,17 +319,21 @@ class Context:
 
 
 class Worker:
-    """Moves packets between one TUN queue and the UDP sockets."""
+    """Moves packets between TUN queues and the UDP sockets.
+
+    Either the caller turns it when `fileno` is readable, or `start` lets threads do so; then
+    `fileno` is readable when one of them has failed.
+    """
 
     def __init__(self, raw: ffi.CData) -> None:
         self._worker = raw
 
     def fileno(self) -> int:
-        """Return the descriptor that is readable when `turn` has work."""
+        """Return the descriptor for the event loop; another one after `start` and `stop`."""
         return int(lib.fp_worker_fd(self._worker))
 
     def turn(self) -> int:
-        """Do a bounded amount of work without blocking; return the packets moved.
+        """Do a bounded amount of work without blocking; return packets read and received.
 
         OSError EBADFD when the TUN device is gone. The GIL is released meanwhile.
         """
@@ -303,6 +341,20 @@ class Worker:
         if packets < 0:
             raise OSError(-packets, "the TUN device is gone")
         return packets
+
+    def start(self, threads: int, *, adaptive: bool) -> None:
+        """Let one or two threads do the turns; adaptive: the second one only under load."""
+        _check(lib.fp_worker_start(self._worker, threads, adaptive), "packet threads")
+
+    def check(self) -> None:
+        """Raise the OSError with which a thread has ended: EBADFD, the TUN device is gone."""
+        err = lib.fp_worker_error(self._worker)
+        if err:
+            raise OSError(err, "the TUN device is gone")
+
+    def stop(self) -> None:
+        """End the threads behind their present batch; nothing that was read is lost."""
+        lib.fp_worker_stop(self._worker)
 
     def close(self) -> None:
         """Free the worker; the context keeps its counters."""

@@ -1,46 +1,72 @@
-"""Puts the packet workers on the event loop.
+"""Lets a packet worker run: on the event loop, or in threads of its own.
 
-It knows when to give a worker its turn, and nothing of packets. The worker's own epoll descriptor
-is what the loop watches: a loop that saw the sockets themselves would drop one for good at its
-first EPOLLERR (uvloop does). A turn is bounded, so timers and the control plane run in between.
+It knows when a worker gets its turn, and nothing of packets. The worker's own epoll descriptor is
+what the loop watches: a loop that saw the sockets themselves would drop one for good at its first
+EPOLLERR (uvloop does). A turn is bounded, so timers and the control plane run in between.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from enum import Enum
 
-from pyflannel.dataplane.fastpath import Context, Worker
+from pyflannel.dataplane.fastpath import Context, Worker, WorkerIo
+
+
+class Workers(Enum):
+    """Who turns the worker; the value is what `--workers` calls it."""
+
+    LOOP = "0"
+    """The event loop."""
+    ONE = "1"
+    """A thread for both directions."""
+    TWO = "2"
+    """A thread for each direction."""
+    AUTO = "auto"
+    """A thread for both directions, and under load a second one."""
 
 
 class Forwarder:
-    """Forwards between a TUN queue and the underlay sockets until it is closed.
+    """Forwards between TUN queues and the underlay sockets until it is closed.
 
     `on_lost` is called once, with the reason, when the TUN device disappears.
     """
 
-    def __init__(self, context: Context, on_lost: Callable[[OSError], None]) -> None:
+    def __init__(
+        self, context: Context, workers: Workers, on_lost: Callable[[OSError], None]
+    ) -> None:
         self._context = context
+        self._workers = workers
         self._on_lost = on_lost
         self._worker: Worker | None = None
 
-    def start(self, tun_fd: int, receive_fd: int, send_fds: Sequence[int]) -> None:
+    def start(self, io: WorkerIo) -> None:
         """Begin to forward; the descriptors stay the caller's and must outlive `close`."""
         assert self._worker is None
-        self._worker = self._context.worker(tun_fd, receive_fd, send_fds)
-        asyncio.get_running_loop().add_reader(self._worker.fileno(), self._turn)
+        worker = self._context.worker(io)
+        if self._workers is not Workers.LOOP:
+            threads = 1 if self._workers is Workers.ONE else 2
+            worker.start(threads, adaptive=self._workers is Workers.AUTO)
+        self._worker = worker
+        asyncio.get_running_loop().add_reader(worker.fileno(), self._on_readable)
 
-    def _turn(self) -> None:
+    def _on_readable(self) -> None:
         assert self._worker is not None
         try:
-            self._worker.turn()
+            if self._workers is Workers.LOOP:
+                self._worker.turn()
+            else:
+                self._worker.check()
         except OSError as error:
             self.close()
             self._on_lost(error)
 
     def close(self) -> None:
-        """Stop forwarding; may be called again."""
+        """Stop forwarding behind the present batch; may be called again."""
         if self._worker is not None:
             asyncio.get_running_loop().remove_reader(self._worker.fileno())
+            if self._workers is not Workers.LOOP:
+                self._worker.stop()
             self._worker.close()
             self._worker = None

@@ -14,6 +14,7 @@ import struct
 
 from pytun_pmd3 import TunTapDevice
 
+from pyflannel.dataplane.offload import NO_OFFLOAD, Offload
 from pyflannel.dataplane.refusal import Refusal
 
 VNET_HEADER_BYTES = 12
@@ -30,6 +31,20 @@ _IFF_VNET_HDR = 0x4000
 _FLAGS = _IFF_TUN | _IFF_NO_PI | _IFF_VNET_HDR | _IFF_MULTI_QUEUE
 _TUNSETOFFLOAD = 0x400454D0
 _TUNSETVNETHDRSZ = 0x400454D8
+_TUNSETQUEUE = 0x400454D9
+_IFF_DETACH_QUEUE = 0x0400
+_TUN_F_CSUM = 0x01
+_TUN_F_TSO4 = 0x02
+_TUN_F_TSO6 = 0x04
+_TUN_F_TSO_ECN = 0x08
+_TUN_F_USO4 = 0x20
+_TUN_F_USO6 = 0x40
+
+# linux/if_tun.h: USO4 and USO6 only together
+_OFFLOAD_FLAGS = (
+    (Offload.TSO, _TUN_F_CSUM | _TUN_F_TSO4 | _TUN_F_TSO6 | _TUN_F_TSO_ECN),
+    (Offload.USO, _TUN_F_CSUM | _TUN_F_USO4 | _TUN_F_USO6),
+)
 
 # linux/sockios.h, linux/ethtool.h: struct ethtool_drvinfo opens with cmd, driver[32]
 _SIOCETHTOOL = 0x8946
@@ -49,25 +64,36 @@ class _Device(TunTapDevice):  # type: ignore[misc]  # the base class is untyped
 
 
 class Tun:
-    """One queue of a persistent TUN device, non-blocking, offloads off.
+    """Queues of a persistent TUN device, non-blocking.
 
-    `created` tells whether the device was made by this call. The device outlives `close()`, and
-    with it its addresses and routes (decision: persistent, whatever the number of workers).
+    `created` tells whether the device was made by `open`. The device outlives `close()`, and with
+    it its addresses and routes. Packets carry VNET_HEADER_BYTES of virtio-net header and no packet
+    information. `offload` is what of Offload.TSO and Offload.USO the kernel agreed to.
+
+    With several queues the kernel spreads flows over them by their hash. Packets are then written
+    to one more, detached queue: on an attached one the kernel would learn where a flow's packets
+    are written and move the flow to that queue, out of order.
     """
 
-    __slots__ = ("_device", "created", "name")
+    __slots__ = ("_devices", "created", "name", "offload", "read_fds", "write_fd")
 
-    def __init__(self, name: str, device: _Device, *, created: bool) -> None:
+    def __init__(
+        self, name: str, devices: list[_Device], offload: Offload, *, created: bool
+    ) -> None:
         self.name = name
         self.created = created
-        self._device = device
+        self.offload = offload
+        fds: list[int] = [device.fileno() for device in devices]
+        self.read_fds = tuple(fds[:1] if len(fds) == 1 else fds[:-1])
+        self.write_fd = fds[-1]
+        self._devices = devices
 
     @classmethod
-    def open(cls, name: str) -> Tun:
-        """Create or reopen the device `name`; Refusal when the host does not let us.
+    def open(cls, name: str, queues: int = 1, offload: Offload | None = NO_OFFLOAD) -> Tun:
+        """Create or reopen the device `name` with this many queues to read from.
 
-        A further call on the same name opens a further queue. Packets on the descriptor carry
-        VNET_HEADER_BYTES of virtio-net header and no packet information.
+        `offload` None takes what the kernel has. Refusal when the host does not let us, or has not
+        what `offload` asks for.
         """
         if not 0 < len(name.encode()) <= _NAME_BYTES:
             raise Refusal(
@@ -75,36 +101,71 @@ class Tun:
                 f"{_NAME_BYTES} bytes; use a smaller VNI"
             )
         existed = _exists(name)
+        devices: list[_Device] = []
         try:
-            device = _Device(name)
+            for _ in range(queues if queues == 1 else queues + 1):
+                devices.append(_open_queue(name))
+            if queues > 1:
+                detach = struct.pack("16sH14x", name.encode(), _IFF_DETACH_QUEUE)
+                fcntl.ioctl(devices[-1].fileno(), _TUNSETQUEUE, detach)
+            agreed = _set_offload(devices[0].fileno(), offload)
+            devices[0].persist(True)
         except OSError as error:
+            _close(devices)
             raise _refusal(name, error) from error
-        try:
-            fd = device.fileno()
-            fcntl.ioctl(fd, _TUNSETVNETHDRSZ, struct.pack("i", VNET_HEADER_BYTES))
-            fcntl.ioctl(fd, _TUNSETOFFLOAD, 0)
-            os.set_blocking(fd, False)
-            device.persist(True)
         except BaseException:
-            device.close()
+            _close(devices)
             raise
-        return cls(name, device, created=not existed)
-
-    @property
-    def fd(self) -> int:
-        """The descriptor of the queue, -1 once closed; it stays ours to close."""
-        fd: int = self._device.fileno()
-        return fd
+        return cls(name, devices, agreed, created=not existed)
 
     def close(self) -> None:
-        """Close the queue and leave the device, its addresses and routes; idempotent."""
-        self._device.close()
+        """Close the queues and leave the device, its addresses and routes; idempotent."""
+        _close(self._devices)
+        self._devices = []
 
     def delete(self) -> None:
-        """Close the queue and let the device go with its last queue; nothing once closed."""
-        if self.fd >= 0:
-            self._device.persist(False)
-            self._device.close()
+        """Close the queues and let the device go with the last one; nothing once closed."""
+        if self._devices:
+            self._devices[0].persist(False)
+            self.close()
+
+
+def _open_queue(name: str) -> _Device:
+    device = _Device(name)
+    try:
+        fcntl.ioctl(device.fileno(), _TUNSETVNETHDRSZ, struct.pack("i", VNET_HEADER_BYTES))
+        os.set_blocking(device.fileno(), False)
+    except BaseException:
+        device.close()
+        raise
+    return device
+
+
+def _close(devices: list[_Device]) -> None:
+    for device in devices:
+        device.close()
+
+
+def _set_offload(fd: int, wanted: Offload | None) -> Offload:
+    """Turn on what is wanted, None for all that there is; Refusal when a wanted one is not."""
+    agreed, flags = NO_OFFLOAD, 0
+    for one, bits in _OFFLOAD_FLAGS:
+        if wanted is not None and one not in wanted:
+            continue
+        try:
+            fcntl.ioctl(fd, _TUNSETOFFLOAD, flags | bits)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            if wanted is not None:
+                raise Refusal(
+                    f"this kernel's TUN has no {one}: take it out of --offload, or use auto"
+                ) from None
+            continue
+        agreed, flags = agreed | one, flags | bits
+    if not flags:
+        fcntl.ioctl(fd, _TUNSETOFFLOAD, 0)
+    return agreed
 
 
 def _exists(name: str) -> bool:

@@ -1,6 +1,6 @@
 """The UDP sockets of the underlay and the lock that keeps a second daemon off the same port.
 
-It does not know VXLAN, peers or offloads; it opens descriptors, and the fast path moves packets.
+It does not know VXLAN or peers; it opens descriptors, and the fast path moves packets.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from ipaddress import IPv4Address
 from pathlib import Path
 
+from pyflannel.dataplane.offload import NO_OFFLOAD, Offload
 from pyflannel.dataplane.refusal import Refusal
 
 _BUFFER_BYTES = 8 << 20
@@ -24,6 +25,9 @@ _TTL = 64
 _SO_ATTACH_FILTER = 26
 _SO_SNDBUFFORCE = 32
 _SO_RCVBUFFORCE = 33
+# linux/udp.h
+_UDP_SEGMENT = 103
+_UDP_GRO = 104
 # linux/in.h; the socket module has these names only in some Python versions
 _IP_MTU_DISCOVER = 10
 _IP_PMTUDISC_DONT = 0
@@ -40,11 +44,14 @@ class Underlay:
     All descriptors are IPv4, non-blocking, and owned by this object.
     """
 
-    __slots__ = ("_closing", "receive_fd", "send_fds")
+    __slots__ = ("_closing", "offload", "receive_fd", "send_fds")
 
-    def __init__(self, receive_fd: int, send_fds: tuple[int, ...], closing: ExitStack) -> None:
+    def __init__(
+        self, receive_fd: int, send_fds: tuple[int, ...], offload: Offload, closing: ExitStack
+    ) -> None:
         self.receive_fd = receive_fd
         self.send_fds = send_fds
+        self.offload = offload
         self._closing = closing
 
     @classmethod
@@ -56,12 +63,14 @@ class Underlay:
         send_sockets: int,
         *,
         vxlan_devices: Collection[str] = (),
+        offload: Offload | None = NO_OFFLOAD,
     ) -> Underlay:
         """Bind `port` on every address, and `send_sockets` sockets on `address` of the interface.
 
         `vxlan_devices` names the kernel vxlan devices that are up on `port`; they are named in
-        the refusal when the port is taken. Raises Refusal when the host says no, and then leaves
-        nothing open.
+        the refusal when the port is taken. `offload` None uses Offload.GSO and Offload.GRO where
+        the kernel has them. Raises Refusal when the host says no or has not what `offload` asks
+        for, and then leaves nothing open.
         """
         with ExitStack() as opened:
             opened.enter_context(_instance_lock(port))
@@ -70,7 +79,9 @@ class Underlay:
                 opened.enter_context(_send_socket(interface_name, address))
                 for _ in range(send_sockets)
             ]
-            return cls(receive.fileno(), tuple(s.fileno() for s in send), opened.pop_all())
+            agreed = _agree(offload, Offload.GSO, send[0], _UDP_SEGMENT, 0)
+            agreed |= _agree(offload, Offload.GRO, receive, _UDP_GRO, 1)
+            return cls(receive.fileno(), tuple(s.fileno() for s in send), agreed, opened.pop_all())
 
     def close(self) -> None:
         """Close every socket and release the lock; idempotent."""
@@ -143,6 +154,25 @@ def _send_socket(interface_name: str, address: IPv4Address) -> socket.socket:
             ) from None
         raise
     return send
+
+
+def _agree(
+    wanted: Offload | None, one: Offload, udp: socket.socket, option: int, value: int
+) -> Offload:
+    """Set a socket option if its offload is wanted; what is in use then."""
+    if wanted is not None and one not in wanted:
+        return NO_OFFLOAD
+    try:
+        udp.setsockopt(socket.IPPROTO_UDP, option, value)
+    except OSError as error:
+        if error.errno != errno.ENOPROTOOPT:
+            raise
+        if wanted is not None:
+            raise Refusal(
+                f"this kernel's UDP has no {one}: take it out of --offload, or use auto"
+            ) from None
+        return NO_OFFLOAD
+    return one
 
 
 def _udp_socket() -> socket.socket:

@@ -11,8 +11,6 @@
 #include "fib.h"
 #include "flow.h"
 
-#define SUSPECTS 64
-
 struct fp_ctx {
 	struct fp_config config;
 	struct inet_address network;
@@ -29,23 +27,26 @@ static inline void count_up(uint64_t *counter, uint64_t by)
 	__atomic_store_n(counter, *counter + by, __ATOMIC_RELAXED);
 }
 
+static inline void traffic_add(_Atomic uint64_t *counter, uint64_t by)
+{
+	atomic_fetch_add_explicit(counter, by, memory_order_relaxed);
+}
+
 /* What decapsulation made of a datagram. */
 struct decap {
 	int drop; /* enum fp_drop, or -1: pass the packet on */
 	int spoofed; /* enum fp_drop that mode `log` lets pass, or -1 */
 	uint8_t *packet;
-	size_t length;
 	const struct fib_entry *sender; /* NULL when unknown and let pass */
-	struct inet_address inner_source;
+	struct flow flow; /* of the inner packet, once that was parsed */
 	uint8_t mac[ETH_ALEN];
 };
 
 /* What encapsulation made of a packet. */
 struct encap {
 	int drop;
-	size_t length;
+	struct flow flow;
 	uint8_t outer_tos;
-	uint32_t hash;
 	const struct fib_entry *peer;
 };
 

@@ -11,12 +11,6 @@
 #include "checksum.h"
 #include "ecn.h"
 
-#define PROTOCOL_TCP 6
-#define PROTOCOL_UDP 17
-#define PROTOCOL_DCCP 33
-#define PROTOCOL_SCTP 132
-#define PROTOCOL_UDPLITE 136
-
 static uint32_t mix(uint64_t value)
 {
 	value ^= value >> 33;
@@ -40,17 +34,15 @@ static bool has_ports(uint8_t protocol)
 	}
 }
 
-static uint32_t hash_of(const struct flow *flow, uint8_t protocol, const uint8_t *transport,
-			size_t length, bool fragment)
+static uint32_t hash_of(const struct flow *flow, const uint8_t *transport, size_t length)
 {
+	uint8_t protocol = flow->fragment ? 0 : flow->protocol;
 	uint64_t word[4];
 	uint32_t ports = 0;
 
 	memcpy(word, &flow->source, 16);
 	memcpy(word + 2, &flow->destination, 16);
-	if (fragment)
-		protocol = 0;
-	else if (has_ports(protocol) && length >= sizeof(ports))
+	if (has_ports(protocol) && length >= sizeof(ports))
 		memcpy(&ports, transport, sizeof(ports));
 	return mix(word[0] ^ (word[1] * 3) ^ (word[2] * 5) ^ (word[3] * 7) ^
 		   ((uint64_t)mix(ports) << 8) ^ protocol);
@@ -73,8 +65,10 @@ static bool parse_ipv4(const uint8_t *packet, size_t length, struct flow *flow)
 	flow->destination = inet_from_ipv4(header->destination);
 	flow->length = total;
 	flow->ecn = header->tos & ECN_MASK;
-	flow->hash = hash_of(flow, header->protocol, packet + header_length, total - header_length,
-			     (get_be16(header->fragment) & IPV4_MORE_OR_OFFSET) != 0);
+	flow->header_length = header_length;
+	flow->fragment = (get_be16(header->fragment) & IPV4_MORE_OR_OFFSET) != 0;
+	flow->protocol = header->protocol;
+	flow->hash = hash_of(flow, packet + header_length, total - header_length);
 	return true;
 }
 
@@ -92,8 +86,12 @@ static bool parse_ipv6(const uint8_t *packet, size_t length, struct flow *flow)
 	memcpy(&flow->destination, header->destination, 16);
 	flow->length = sizeof(*header) + payload;
 	flow->ecn = header->class_label >> 4 & ECN_MASK;
-	flow->hash = hash_of(flow, header->next_header, packet + sizeof(*header), payload,
-			     !has_ports(header->next_header));
+	flow->header_length = sizeof(*header);
+	/* Behind an extension header may be a fragment; its first one must hash as the others do.
+	 */
+	flow->fragment = !has_ports(header->next_header);
+	flow->protocol = header->next_header;
+	flow->hash = hash_of(flow, packet + sizeof(*header), payload);
 	return true;
 }
 

@@ -11,6 +11,9 @@ struct flow {
 	struct inet_address source;
 	struct inet_address destination;
 	size_t length; /* of the whole IP packet, without padding behind it */
+	size_t header_length; /* of the IP header with IPv4 options, without IPv6 extensions */
+	uint8_t protocol; /* of what follows that header */
+	bool fragment; /* or may be one */
 	uint8_t ecn;
 	uint32_t hash;
 };

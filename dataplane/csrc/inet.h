@@ -29,6 +29,18 @@ static inline be16 put_be16(uint16_t value)
 	return (be16) { { (uint8_t)(value >> 8), (uint8_t)value } };
 }
 
+static inline uint32_t get_be32(be32 field)
+{
+	return (uint32_t)field.octet[0] << 24 | (uint32_t)field.octet[1] << 16 |
+	       (uint32_t)field.octet[2] << 8 | field.octet[3];
+}
+
+static inline be32 put_be32(uint32_t value)
+{
+	return (be32) { { (uint8_t)(value >> 24), (uint8_t)(value >> 16), (uint8_t)(value >> 8),
+			  (uint8_t)value } };
+}
+
 #define ETH_ALEN 6
 #define ETHERTYPE_IPV4 0x0800
 #define ETHERTYPE_IPV6 0x86dd
@@ -40,7 +52,16 @@ struct eth_header {
 };
 static_assert(sizeof(struct eth_header) == 14, "Ethernet II header");
 
+#define IPV4_DONT_FRAGMENT 0x4000
 #define IPV4_MORE_OR_OFFSET 0x3fff
+
+enum protocol {
+	PROTOCOL_TCP = 6,
+	PROTOCOL_UDP = 17,
+	PROTOCOL_DCCP = 33,
+	PROTOCOL_SCTP = 132,
+	PROTOCOL_UDPLITE = 136,
+};
 
 /* RFC 791, section 3.1 */
 struct ipv4_header {
@@ -69,6 +90,45 @@ struct ipv6_header {
 	uint8_t destination[16];
 };
 static_assert(sizeof(struct ipv6_header) == 40, "IPv6 header");
+
+enum tcp_flag {
+	TCP_FIN = 0x01,
+	TCP_SYN = 0x02,
+	TCP_RST = 0x04,
+	TCP_PSH = 0x08,
+	TCP_ACK = 0x10,
+	TCP_URG = 0x20,
+	TCP_ECE = 0x40,
+	TCP_CWR = 0x80,
+};
+
+/* RFC 9293, section 3.1 */
+struct tcp_header {
+	be16 source;
+	be16 destination;
+	be32 sequence;
+	be32 acknowledgement;
+	uint8_t offset_reserved;
+	uint8_t flags;
+	be16 window;
+	be16 checksum;
+	be16 urgent;
+};
+static_assert(sizeof(struct tcp_header) == 20, "TCP header without options");
+
+static inline size_t tcp_header_length(const struct tcp_header *header)
+{
+	return (size_t)(header->offset_reserved >> 4) * 4;
+}
+
+/* RFC 768 */
+struct udp_header {
+	be16 source;
+	be16 destination;
+	be16 length;
+	be16 checksum;
+};
+static_assert(sizeof(struct udp_header) == 8, "UDP header");
 
 /* An address of either family: IPv6, or IPv4 as ::ffff:a.b.c.d. */
 struct inet_address {

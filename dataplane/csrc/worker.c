@@ -1,453 +1,134 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * DOC: A worker moves batches between one TUN queue and the UDP sockets.
+ * DOC: Who moves packets, and when
  *
- * Its descriptors stand in an epoll set of its own, made here: an event loop waits for that one
- * descriptor to become readable and calls fp_worker_turn(), which does a bounded amount of work
- * and never blocks. What is left over makes the descriptor readable again at once.
+ * A worker has two sides, TUN to wire (csrc/encap.c) and wire to TUN (csrc/decap.c), each with an
+ * epoll set of its own. They are turned in one of three ways:
  *
- * When a socket's send buffer is full the batch stays where it is, the TUN is not read and the
- * worker waits for the socket to become writable: the queue is then the TUN's, and nothing is
- * lost here. Datagrams keep the order in which their packets were read, for each socket and so for
- * each flow.
+ *  - by the caller's event loop: fp_worker_fd() is readable when fp_worker_turn() has work;
+ *  - by one thread for both, which saves wake-ups while there is little to do;
+ *  - by two threads, one for each side, which is faster under load.
+ *
+ * In adaptive mode the first thread calls the second in after it has been busy for BUSY_NS without
+ * a pause, and the second gives its side back when it had less than LULL_PACKETS in LULL_NS. A side
+ * changes hands between two batches, so at any time one thread is in it and no flow is reordered.
+ *
+ * A thread that has had packets goes on polling for `poll_us` before it sleeps: the next packet
+ * then costs no wake-up.
  */
 #define _GNU_SOURCE
 #include <errno.h>
-#include <netinet/in.h>
+#include <signal.h>
+#include <stdio.h>
 #include <stdlib.h>
-#include <sys/epoll.h>
-#include <sys/mman.h>
-#include <sys/socket.h>
-#include <sys/uio.h>
+#include <sys/eventfd.h>
+#include <time.h>
 #include <unistd.h>
 
-#include "context.h"
+#include "decap.h"
+#include "encap.h"
 
-#define BATCH 64
 #define BATCHES_PER_TURN 4
-#define SLOT_BYTES (64 * 1024 + 64)
-#define SOCKETS_MAX 64
-#define VNET_HEADER_BYTES 12
+#define BUSY_NS (1000 * 1000)
+#define LULL_NS (20 * 1000 * 1000)
+#define LULL_PACKETS 256
+#define LULL_MS 20
 
-/* Keys of the epoll set; a blocked send socket's key is its index. */
-#define EPOLL_TUN UINT64_MAX
-#define EPOLL_UNDERLAY (UINT64_MAX - 1)
-
-/* Datagrams that wait to be sent from one socket, in order. */
-struct send_queue {
-	int fd;
-	unsigned int first;
-	unsigned int count;
-	bool blocked;
-	struct mmsghdr message[BATCH];
-};
-
-/* One datagram on its way out. */
-struct departure {
-	struct iovec iov;
-	struct sockaddr_storage to;
-	union {
-		char bytes[CMSG_SPACE(sizeof(int))];
-		struct cmsghdr align;
-	} control;
-};
-
-/* One datagram that came in. */
-struct arrival {
-	struct iovec iov;
-	struct sockaddr_storage from;
-	union {
-		char bytes[CMSG_SPACE(sizeof(int)) + CMSG_SPACE(sizeof(int))];
-		struct cmsghdr align;
-	} control;
-};
+/* Keys of the epoll set over both sides. */
+enum { KEY_ENCAP, KEY_DECAP, KEY_STOP };
 
 struct fp_worker {
 	struct fp_ctx *ctx;
 	struct fp_worker *next;
-	struct fib_reader reader;
-	int epoll_fd;
-	int tun_fd;
-	int receive_fd;
-	unsigned int sockets;
-	unsigned int blocked; /* send queues that wait for room */
-	uint8_t *encap_slots;
-	uint8_t *decap_slots;
-	struct departure departure[BATCH];
-	struct arrival arrival[BATCH];
-	struct mmsghdr incoming[BATCH];
-	struct fp_counters counters;
-	_Atomic unsigned int suspects_head, suspects_tail;
-	struct fp_suspect suspect[SUSPECTS];
-	struct send_queue queue[];
+	int epoll_fd; /* both sides; what an event loop or a thread for both waits on */
+	int stop_fd; /* readable once threads are to end */
+	int error_fd; /* readable once a thread has ended with an error */
+	_Atomic int error;
+	uint64_t poll_ns;
+	bool adaptive;
+	unsigned int threads;
+	pthread_t thread[2];
+	_Atomic bool assisted; /* the second thread has the decap side */
+	int assist_fd; /* readable: the second thread is called in */
+	struct encap_side encap;
+	struct decap_side decap;
 };
 
-static void drop(struct fp_worker *worker, int reason)
+static uint64_t now_ns(void)
 {
-	count_up(&worker->counters.drops[reason], 1);
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return (uint64_t)now.tv_sec * 1000000000 + (uint64_t)now.tv_nsec;
 }
 
-static void add(_Atomic uint64_t *counter, uint64_t by)
-{
-	atomic_fetch_add_explicit(counter, by, memory_order_relaxed);
-}
-
-/* Keep a sample for the operator's log, unless the ring is full or it repeats the last one. */
-static void note_suspect(struct fp_worker *worker, int reason, const struct inet_address *source,
-			 const struct decap *decap)
-{
-	unsigned int head = atomic_load_explicit(&worker->suspects_head, memory_order_relaxed);
-	unsigned int tail = atomic_load_explicit(&worker->suspects_tail, memory_order_acquire);
-	struct fp_suspect *last = &worker->suspect[(head - 1) % SUSPECTS];
-	struct fp_suspect *suspect = &worker->suspect[head % SUSPECTS];
-
-	if (head - tail == SUSPECTS)
-		return;
-	if (head != tail && last->reason == reason &&
-	    memcmp(last->outer_source, source, sizeof(*source)) == 0)
-		return;
-	suspect->reason = reason;
-	memcpy(suspect->outer_source, source, sizeof(*source));
-	memcpy(suspect->mac, decap->mac, ETH_ALEN);
-	memcpy(suspect->inner_source, &decap->inner_source, sizeof(decap->inner_source));
-	atomic_store_explicit(&worker->suspects_head, head + 1, memory_order_release);
-}
-
-/* Return: the drop reason for a failed send */
-static int send_drop(int err)
-{
-	switch (err) {
-	case ENETUNREACH:
-	case EHOSTUNREACH:
-	case ENETDOWN:
-	case ENODEV:
-	case EADDRNOTAVAIL:
-		return FP_DROP_SEND_UNREACHABLE;
-	case EPERM:
-	case EACCES:
-		return FP_DROP_SEND_DENIED;
-	case EMSGSIZE:
-		return FP_DROP_SEND_SIZE;
-	case ENOBUFS:
-	case ENOMEM:
-		return FP_DROP_SEND_BUFFER;
-	default:
-		return FP_DROP_SEND_ERROR;
-	}
-}
-
-static void watch(struct fp_worker *worker, int operation, int fd, uint32_t events, uint64_t key)
+static int watch(int epoll_fd, int operation, int fd, uint32_t events, uint64_t key)
 {
 	struct epoll_event event = { .events = events, .data.u64 = key };
 
-	epoll_ctl(worker->epoll_fd, operation, fd, &event);
-}
-
-static void set_blocked(struct fp_worker *worker, unsigned int index, bool blocked)
-{
-	struct send_queue *queue = &worker->queue[index];
-
-	if (queue->blocked == blocked)
-		return;
-	queue->blocked = blocked;
-	if (blocked) {
-		watch(worker, EPOLL_CTL_ADD, queue->fd, EPOLLOUT, index);
-		count_up(&worker->counters.send_blocked, 1);
-		if (worker->blocked++ == 0)
-			watch(worker, EPOLL_CTL_MOD, worker->tun_fd, 0, EPOLL_TUN);
-	} else {
-		watch(worker, EPOLL_CTL_DEL, queue->fd, 0, index);
-		if (--worker->blocked == 0)
-			watch(worker, EPOLL_CTL_MOD, worker->tun_fd, EPOLLIN, EPOLL_TUN);
-	}
-}
-
-/* Send what a queue holds, until it is empty or its socket has no room. */
-static void flush_queue(struct fp_worker *worker, unsigned int index)
-{
-	struct send_queue *queue = &worker->queue[index];
-	struct fp_traffic *total = &worker->counters.traffic;
-
-	while (queue->first < queue->count) {
-		int sent = sendmmsg(queue->fd, queue->message + queue->first,
-				    queue->count - queue->first, MSG_DONTWAIT);
-
-		if (sent < 0 && errno == EINTR)
-			continue;
-		if (sent < 0 && errno == EAGAIN) {
-			set_blocked(worker, index, true);
-			return;
-		}
-		if (sent < 0) {
-			drop(worker, send_drop(errno));
-			queue->first++;
-			continue;
-		}
-		for (int i = 0; i < sent; i++)
-			count_up(&total->encap_bytes, queue->message[queue->first + i].msg_len -
-							      sizeof(struct vxlan_push));
-		count_up(&total->encap_packets, (uint64_t)sent);
-		queue->first += (unsigned int)sent;
-	}
-	queue->first = queue->count = 0;
-	set_blocked(worker, index, false);
-}
-
-static socklen_t underlay_sockaddr(const struct fib_entry *peer, struct sockaddr_storage *to)
-{
-	if (inet_is_ipv4(&peer->underlay)) {
-		struct sockaddr_in *in = (struct sockaddr_in *)to;
-
-		*in = (struct sockaddr_in) { .sin_family = AF_INET, .sin_port = htons(peer->port) };
-		memcpy(&in->sin_addr, peer->underlay.octet + 12, 4);
-		return sizeof(*in);
-	} else {
-		struct sockaddr_in6 *in6 = (struct sockaddr_in6 *)to;
-
-		*in6 = (struct sockaddr_in6) { .sin6_family = AF_INET6,
-					       .sin6_port = htons(peer->port) };
-		memcpy(&in6->sin6_addr, &peer->underlay, 16);
-		return sizeof(*in6);
-	}
-}
-
-/* Put the packet in @slot on the queue of its flow. */
-static void enqueue(struct fp_worker *worker, unsigned int slot, const struct encap *encap)
-{
-	struct departure *departure = &worker->departure[slot];
-	unsigned int index = encap->hash % worker->sockets;
-	struct send_queue *queue = &worker->queue[index];
-	struct msghdr *header = &queue->message[queue->count++].msg_hdr;
-	uint8_t *datagram = worker->encap_slots + (size_t)slot * SLOT_BYTES;
-
-	memcpy(datagram, &encap->peer->push, sizeof(encap->peer->push));
-	departure->iov = (struct iovec) { datagram, sizeof(encap->peer->push) + encap->length };
-	*header = (struct msghdr) {
-		.msg_name = &departure->to,
-		.msg_namelen = underlay_sockaddr(encap->peer, &departure->to),
-		.msg_iov = &departure->iov,
-		.msg_iovlen = 1,
-	};
-	if (encap->outer_tos) {
-		bool ipv4 = departure->to.ss_family == AF_INET;
-		struct cmsghdr *control = &departure->control.align;
-		int tos = encap->outer_tos;
-
-		control->cmsg_level = ipv4 ? IPPROTO_IP : IPPROTO_IPV6;
-		control->cmsg_type = ipv4 ? IP_TOS : IPV6_TCLASS;
-		control->cmsg_len = CMSG_LEN(sizeof(tos));
-		memcpy(CMSG_DATA(control), &tos, sizeof(tos));
-		header->msg_control = control;
-		header->msg_controllen = CMSG_SPACE(sizeof(tos));
-	}
-	add(&encap->peer->traffic->encap_packets, 1);
-	add(&encap->peer->traffic->encap_bytes, encap->length);
-}
-
-/* Read up to a batch from the TUN and send it. Return: packets read, 0 when there are no more */
-static unsigned int encap_batch(struct fp_worker *worker)
-{
-	unsigned int read = 0;
-	uint8_t vnet[VNET_HEADER_BYTES];
-
-	while (read < BATCH) {
-		uint8_t *slot = worker->encap_slots + (size_t)read * SLOT_BYTES;
-		uint8_t *packet = slot + sizeof(struct vxlan_push);
-		struct iovec iov[2] = {
-			{ vnet, sizeof(vnet) },
-			{ packet, SLOT_BYTES - sizeof(struct vxlan_push) },
-		};
-		ssize_t length = readv(worker->tun_fd, iov, 2);
-		struct encap encap;
-
-		if (length < 0 && errno == EINTR)
-			continue;
-		if (length < 0)
-			break;
-		if (length < VNET_HEADER_BYTES) {
-			drop(worker, FP_DROP_ENCAP_MALFORMED);
-			continue;
-		}
-		encap_packet(worker->ctx, packet, (size_t)length - VNET_HEADER_BYTES, &encap);
-		if (encap.drop >= 0)
-			drop(worker, encap.drop);
-		else
-			enqueue(worker, read, &encap);
-		read++;
-	}
-	if (read) {
-		count_up(&worker->counters.encap_batches, 1);
-		for (unsigned int i = 0; i < worker->sockets; i++) {
-			if (worker->queue[i].count)
-				flush_queue(worker, i);
-		}
-	}
-	return read;
-}
-
-static void write_tun(struct fp_worker *worker, const struct decap *decap)
-{
-	uint8_t vnet[VNET_HEADER_BYTES] = { 0 };
-	struct iovec iov[2] = { { vnet, sizeof(vnet) }, { decap->packet, decap->length } };
-	struct fp_traffic *total = &worker->counters.traffic;
-	ssize_t written;
-
-	do
-		written = writev(worker->tun_fd, iov, 2);
-	while (written < 0 && errno == EINTR);
-	if (written < 0) {
-		drop(worker, errno == EIO ? FP_DROP_TUN_DOWN : FP_DROP_TUN_WRITE);
-		return;
-	}
-	count_up(&total->decap_packets, 1);
-	count_up(&total->decap_bytes, decap->length);
-	if (decap->sender) {
-		add(&decap->sender->traffic->decap_packets, 1);
-		add(&decap->sender->traffic->decap_bytes, decap->length);
-	}
-}
-
-static uint8_t outer_tos(struct msghdr *header)
-{
-	for (struct cmsghdr *c = CMSG_FIRSTHDR(header); c; c = CMSG_NXTHDR(header, c)) {
-		if (c->cmsg_level == IPPROTO_IP && c->cmsg_type == IP_TOS)
-			return *CMSG_DATA(c);
-		if (c->cmsg_level == IPPROTO_IPV6 && c->cmsg_type == IPV6_TCLASS) {
-			int tclass;
-
-			memcpy(&tclass, CMSG_DATA(c), sizeof(tclass));
-			return (uint8_t)tclass;
-		}
-	}
-	return 0;
-}
-
-static struct inet_address outer_source(const struct sockaddr_storage *from)
-{
-	struct inet_address address;
-
-	if (from->ss_family == AF_INET)
-		return inet_from_ipv4(
-			(const uint8_t *)&((const struct sockaddr_in *)from)->sin_addr);
-	memcpy(&address, &((const struct sockaddr_in6 *)from)->sin6_addr, sizeof(address));
-	return address;
-}
-
-/* Receive up to a batch and write it to the TUN. Return: datagrams received */
-static unsigned int decap_batch(struct fp_worker *worker)
-{
-	int received;
-
-	for (unsigned int i = 0; i < BATCH; i++) {
-		struct arrival *arrival = &worker->arrival[i];
-
-		worker->incoming[i].msg_hdr = (struct msghdr) {
-			.msg_name = &arrival->from,
-			.msg_namelen = sizeof(arrival->from),
-			.msg_iov = &arrival->iov,
-			.msg_iovlen = 1,
-			.msg_control = &arrival->control,
-			.msg_controllen = sizeof(arrival->control),
-		};
-	}
-	received = recvmmsg(worker->receive_fd, worker->incoming, BATCH, MSG_DONTWAIT, NULL);
-	if (received <= 0)
-		return 0;
-	count_up(&worker->counters.decap_batches, 1);
-	for (int i = 0; i < received; i++) {
-		struct arrival *arrival = &worker->arrival[i];
-		struct inet_address source = outer_source(&arrival->from);
-		struct decap decap;
-
-		decap_datagram(worker->ctx, arrival->iov.iov_base, worker->incoming[i].msg_len,
-			       &source, outer_tos(&worker->incoming[i].msg_hdr), &decap);
-		if (decap.drop >= 0) {
-			drop(worker, decap.drop);
-			if (decap.sender)
-				add(&decap.sender->traffic->drops, 1);
-		} else {
-			write_tun(worker, &decap);
-		}
-		if (decap.spoofed >= 0)
-			count_up(&worker->counters.spoofed[decap.spoofed], 1);
-		if (decap.spoofed >= 0 || decap.drop == FP_DROP_UNKNOWN_VTEP ||
-		    decap.drop == FP_DROP_VTEP_MAC || decap.drop == FP_DROP_INNER_SOURCE)
-			note_suspect(worker, decap.spoofed >= 0 ? decap.spoofed : decap.drop,
-				     &source, &decap);
-	}
-	return (unsigned int)received;
-}
-
-/* An area of BATCH slots; pages that no packet reaches are never touched. */
-static uint8_t *slots_new(void)
-{
-	void *area = mmap(NULL, (size_t)BATCH * SLOT_BYTES, PROT_READ | PROT_WRITE,
-			  MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-
-	return area == MAP_FAILED ? NULL : area;
+	return epoll_ctl(epoll_fd, operation, fd, &event);
 }
 
 /**
- * fp_worker_new() - Make a worker; the descriptors stay the caller's and must be non-blocking
- * @ctx:        Context, which must outlive the worker
- * @tun_fd:     TUN queue with IFF_VNET_HDR and a header of 12 bytes, without offloads
- * @receive_fd: UDP socket with IP_RECVTOS
- * @send_fds:   UDP sockets to send from; the flow's hash chooses one
- * @send_count: 1..64
+ * fp_worker_new() - Make a worker; the descriptors stay the caller's
+ * @ctx: Context, which must outlive the worker
+ * @io:  Descriptors and their offloads; copied
  *
  * Return: the worker, or NULL with errno set
  */
-struct fp_worker *fp_worker_new(struct fp_ctx *ctx, int tun_fd, int receive_fd, const int *send_fds,
-				size_t send_count)
+struct fp_worker *fp_worker_new(struct fp_ctx *ctx, const struct fp_io *io)
 {
-	struct fp_worker *worker;
+	struct fp_worker *worker = calloc(1, sizeof(*worker));
+	int err;
 
-	if (send_count < 1 || send_count > SOCKETS_MAX) {
-		errno = EINVAL;
-		return NULL;
-	}
-	worker = calloc(1, sizeof(*worker) + send_count * sizeof(worker->queue[0]));
 	if (!worker)
 		return NULL;
 	worker->ctx = ctx;
-	worker->tun_fd = tun_fd;
-	worker->receive_fd = receive_fd;
-	worker->sockets = (unsigned int)send_count;
-	for (size_t i = 0; i < send_count; i++)
-		worker->queue[i].fd = send_fds[i];
-	worker->encap_slots = slots_new();
-	worker->decap_slots = slots_new();
+	worker->encap.epoll_fd = worker->decap.epoll_fd = -1;
+	worker->poll_ns = (uint64_t)io->poll_us * 1000;
 	worker->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
-	fib_reader_add(ctx->fib, &worker->reader);
+	worker->stop_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	worker->error_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	worker->assist_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	pthread_mutex_lock(&ctx->lock);
 	worker->next = ctx->workers;
 	ctx->workers = worker;
 	pthread_mutex_unlock(&ctx->lock);
-	if (!worker->encap_slots || !worker->decap_slots || worker->epoll_fd < 0)
+	if (worker->epoll_fd < 0 || worker->stop_fd < 0 || worker->error_fd < 0 ||
+	    worker->assist_fd < 0) {
+		err = errno;
 		goto fail;
-	for (unsigned int i = 0; i < BATCH; i++)
-		worker->arrival[i].iov =
-			(struct iovec) { worker->decap_slots + (size_t)i * SLOT_BYTES, SLOT_BYTES };
-	struct epoll_event tun = { .events = EPOLLIN, .data.u64 = EPOLL_TUN };
-	struct epoll_event underlay = { .events = EPOLLIN, .data.u64 = EPOLL_UNDERLAY };
-
-	if (epoll_ctl(worker->epoll_fd, EPOLL_CTL_ADD, tun_fd, &tun) ||
-	    epoll_ctl(worker->epoll_fd, EPOLL_CTL_ADD, receive_fd, &underlay))
+	}
+	err = encap_open(&worker->encap, ctx, io);
+	if (!err)
+		err = decap_open(&worker->decap, ctx, io);
+	if (err)
 		goto fail;
+	if (watch(worker->epoll_fd, EPOLL_CTL_ADD, worker->encap.epoll_fd, EPOLLIN, KEY_ENCAP) ||
+	    watch(worker->epoll_fd, EPOLL_CTL_ADD, worker->decap.epoll_fd, EPOLLIN, KEY_DECAP)) {
+		err = errno;
+		goto fail;
+	}
 	return worker;
-fail:;
-	int err = errno;
-
+fail:
 	fp_worker_free(worker);
 	errno = err;
 	return NULL;
 }
 
-/** fp_worker_free() - Free a worker that is in no turn; its counters stay with the context */
+static void close_fd(int fd)
+{
+	if (fd >= 0)
+		close(fd);
+}
+
+/** fp_worker_free() - Free a worker without threads, in no turn; its counters stay with the context
+ */
 void fp_worker_free(struct fp_worker *worker)
 {
 	struct fp_ctx *ctx = worker->ctx;
 
+	assert(worker->threads == 0);
 	pthread_mutex_lock(&ctx->lock);
 	for (struct fp_worker **link = &ctx->workers; *link; link = &(*link)->next) {
 		if (*link == worker) {
@@ -457,72 +138,270 @@ void fp_worker_free(struct fp_worker *worker)
 	}
 	worker_add_counters(worker, &ctx->gone);
 	pthread_mutex_unlock(&ctx->lock);
-	fib_reader_remove(ctx->fib, &worker->reader);
-	if (worker->epoll_fd >= 0)
-		close(worker->epoll_fd);
-	if (worker->encap_slots)
-		munmap(worker->encap_slots, (size_t)BATCH * SLOT_BYTES);
-	if (worker->decap_slots)
-		munmap(worker->decap_slots, (size_t)BATCH * SLOT_BYTES);
+	encap_close(&worker->encap);
+	decap_close(&worker->decap);
+	close_fd(worker->epoll_fd);
+	close_fd(worker->stop_fd);
+	close_fd(worker->error_fd);
+	close_fd(worker->assist_fd);
 	free(worker);
 }
 
-/** fp_worker_fd() - The descriptor that is readable when a turn has work */
+/**
+ * fp_worker_fd() - The descriptor for the caller's event loop
+ *
+ * Return: one that is readable when a turn has work, or with threads, when one has failed
+ */
 int fp_worker_fd(const struct fp_worker *worker)
 {
-	return worker->epoll_fd;
+	return worker->threads ? worker->error_fd : worker->epoll_fd;
 }
 
 /**
- * fp_worker_turn() - Do what is ready, at most BATCHES_PER_TURN batches each way
- * @worker: Worker
+ * fp_worker_error() - Why a thread has ended
  *
- * Return: packets read and received, or -EBADFD when the TUN device is gone
+ * Return: 0 while none has, or EBADFD when the TUN device is gone
+ */
+int fp_worker_error(const struct fp_worker *worker)
+{
+	return worker->error;
+}
+
+/**
+ * fp_worker_turn() - Do what is ready in both directions, a bounded amount, without blocking
+ * @worker: Worker without threads
+ *
+ * Return: packets read and messages received, or -EBADFD when the TUN device is gone
  */
 int fp_worker_turn(struct fp_worker *worker)
 {
-	struct epoll_event event[SOCKETS_MAX + 2];
-	int ready = epoll_wait(worker->epoll_fd, event, SOCKETS_MAX + 2, 0);
-	bool tun = false, underlay = false;
-	unsigned int packets = 0;
+	int received = decap_turn(&worker->decap, BATCHES_PER_TURN);
+	int sent = encap_turn(&worker->encap, BATCHES_PER_TURN);
 
-	fib_enter(worker->ctx->fib, &worker->reader);
-	for (int i = 0; i < ready; i++) {
-		if (event[i].data.u64 == EPOLL_TUN) {
-			/* tun_chr_poll() reports an error only when the device is gone. */
-			if (event[i].events & EPOLLERR) {
-				fib_leave(&worker->reader);
-				return -EBADFD;
-			}
-			tun = true;
-		} else if (event[i].data.u64 == EPOLL_UNDERLAY) {
-			underlay = true;
-		} else {
-			flush_queue(worker, (unsigned int)event[i].data.u64);
-		}
-	}
-	for (unsigned int i = 0; i < BATCHES_PER_TURN && (tun || underlay); i++) {
-		unsigned int count;
-
-		if (underlay) {
-			count = decap_batch(worker);
-			packets += count;
-			underlay = count == BATCH;
-		}
-		if (tun && !worker->blocked) {
-			count = encap_batch(worker);
-			packets += count;
-			tun = count == BATCH;
-		}
-	}
-	fib_leave(&worker->reader);
-	return (int)packets;
+	return sent < 0 ? sent : sent + received;
 }
 
-/** worker_add_counters() - Add a worker's counters to @into; both are arrays of uint64_t */
-void worker_add_counters(const struct fp_worker *worker, struct fp_counters *into)
+static void fail(struct fp_worker *worker, int err)
 {
-	const uint64_t *from = (const uint64_t *)&worker->counters;
+	worker->error = err;
+	eventfd_write(worker->error_fd, 1);
+}
+
+/* Wait for @epoll_fd, after polling it if packets came a moment ago. Return: as epoll_wait() */
+static int wait_for(const struct fp_worker *worker, int epoll_fd, uint64_t last, int timeout_ms,
+		    struct epoll_event *event)
+{
+	int ready;
+
+	do
+		ready = epoll_wait(epoll_fd, event, 1, 0);
+	while (ready == 0 && worker->poll_ns && now_ns() - last < worker->poll_ns);
+	if (ready == 0)
+		ready = epoll_wait(epoll_fd, event, 1, timeout_ms);
+	return ready;
+}
+
+/* Hand the decap side to the second thread. */
+static void call_assistant(struct fp_worker *worker)
+{
+	watch(worker->epoll_fd, EPOLL_CTL_MOD, worker->decap.epoll_fd, 0, KEY_DECAP);
+	worker->assisted = true;
+	eventfd_write(worker->assist_fd, 1);
+}
+
+static void *run_both(void *arg)
+{
+	struct fp_worker *worker = arg;
+	uint64_t last = 0, busy_since = now_ns();
+
+	for (;;) {
+		struct epoll_event event = { 0 };
+		int moved = 0;
+
+		/* Nothing ready at once is the pause that ends a busy time. */
+		if (epoll_wait(worker->epoll_fd, &event, 1, 0) == 0) {
+			wait_for(worker, worker->epoll_fd, last, -1, &event);
+			busy_since = now_ns();
+		}
+		if (event.data.u64 == KEY_STOP)
+			return NULL;
+		if (!worker->assisted)
+			moved = decap_turn(&worker->decap, 1);
+		int sent = encap_turn(&worker->encap, 1);
+
+		if (sent < 0) {
+			fail(worker, -sent);
+			return NULL;
+		}
+		if (sent + moved > 0 && (worker->poll_ns || worker->adaptive))
+			last = now_ns();
+		if (worker->adaptive && !worker->assisted && last - busy_since > BUSY_NS)
+			call_assistant(worker);
+	}
+}
+
+static void *run_encap(void *arg)
+{
+	struct fp_worker *worker = arg;
+	uint64_t last = 0;
+
+	for (;;) {
+		struct epoll_event event = { 0 };
+
+		if (wait_for(worker, worker->encap.epoll_fd, last, -1, &event) > 0 &&
+		    event.data.u64 == ENCAP_KEY_STOP)
+			return NULL;
+		int sent = encap_turn(&worker->encap, BATCHES_PER_TURN);
+
+		if (sent < 0) {
+			fail(worker, -sent);
+			return NULL;
+		}
+		if (sent && worker->poll_ns)
+			last = now_ns();
+	}
+}
+
+static void *run_decap(void *arg)
+{
+	struct fp_worker *worker = arg;
+	uint64_t last = 0;
+
+	for (;;) {
+		struct epoll_event event = { 0 };
+
+		if (wait_for(worker, worker->decap.epoll_fd, last, -1, &event) > 0 &&
+		    event.data.u64 == DECAP_KEY_STOP)
+			return NULL;
+		if (decap_turn(&worker->decap, BATCHES_PER_TURN) && worker->poll_ns)
+			last = now_ns();
+	}
+}
+
+/* Serve the decap side until there is a lull. Return: whether to go on waiting for calls */
+static bool assist(struct fp_worker *worker)
+{
+	uint64_t began = now_ns(), last = 0;
+	uint64_t packets = worker->decap.counters.traffic.decap_packets;
+
+	for (;;) {
+		struct epoll_event event = { 0 };
+		uint64_t now;
+
+		if (wait_for(worker, worker->decap.epoll_fd, last, LULL_MS, &event) > 0 &&
+		    event.data.u64 == DECAP_KEY_STOP)
+			return false;
+		decap_turn(&worker->decap, BATCHES_PER_TURN);
+		now = last = now_ns();
+		if (now - began < LULL_NS)
+			continue;
+		if (worker->decap.counters.traffic.decap_packets - packets < LULL_PACKETS) {
+			worker->assisted = false;
+			watch(worker->epoll_fd, EPOLL_CTL_MOD, worker->decap.epoll_fd, EPOLLIN,
+			      KEY_DECAP);
+			return true;
+		}
+		began = now;
+		packets = worker->decap.counters.traffic.decap_packets;
+	}
+}
+
+static void *run_assistant(void *arg)
+{
+	struct fp_worker *worker = arg;
+	int epoll_fd = epoll_create1(EPOLL_CLOEXEC);
+	struct epoll_event event;
+	eventfd_t calls;
+
+	if (epoll_fd < 0 || watch(epoll_fd, EPOLL_CTL_ADD, worker->assist_fd, EPOLLIN, KEY_DECAP) ||
+	    watch(epoll_fd, EPOLL_CTL_ADD, worker->stop_fd, EPOLLIN, KEY_STOP)) {
+		fail(worker, errno);
+		close_fd(epoll_fd);
+		return NULL;
+	}
+	while (epoll_wait(epoll_fd, &event, 1, -1) < 0 || event.data.u64 != KEY_STOP) {
+		if (eventfd_read(worker->assist_fd, &calls) == 0 && !assist(worker))
+			break;
+	}
+	close(epoll_fd);
+	return NULL;
+}
+
+/* Let the stop signal end every wait, or take it back. */
+static int watch_stop(struct fp_worker *worker, int operation)
+{
+	if (watch(worker->epoll_fd, operation, worker->stop_fd, EPOLLIN, KEY_STOP) ||
+	    watch(worker->encap.epoll_fd, operation, worker->stop_fd, EPOLLIN, ENCAP_KEY_STOP) ||
+	    watch(worker->decap.epoll_fd, operation, worker->stop_fd, EPOLLIN, DECAP_KEY_STOP))
+		return errno;
+	return 0;
+}
+
+static int start_thread(struct fp_worker *worker, void *(*run)(void *), const char *name)
+{
+	int err = pthread_create(&worker->thread[worker->threads], NULL, run, worker);
+
+	if (!err)
+		pthread_setname_np(worker->thread[worker->threads++], name);
+	return err;
+}
+
+/**
+ * fp_worker_start() - Let threads turn the sides; the caller does no turns meanwhile
+ * @worker:   Worker without threads
+ * @threads:  1 for both sides, or 2
+ * @adaptive: With 2: the second one only under load
+ *
+ * Signals are blocked in the threads.
+ *
+ * Return: 0, or an errno
+ */
+int fp_worker_start(struct fp_worker *worker, int threads, int adaptive)
+{
+	bool split = threads == 2 && !adaptive;
+	sigset_t all, before;
+	int err;
+
+	assert(worker->threads == 0 && (threads == 1 || threads == 2));
+	worker->adaptive = threads == 2 && adaptive;
+	err = watch_stop(worker, EPOLL_CTL_ADD);
+	if (err)
+		return err;
+	sigfillset(&all);
+	pthread_sigmask(SIG_BLOCK, &all, &before);
+	err = start_thread(worker, split ? run_encap : run_both, split ? "fp-encap" : "fp-both");
+	if (!err && threads == 2)
+		err = start_thread(worker, split ? run_decap : run_assistant, "fp-decap");
+	pthread_sigmask(SIG_SETMASK, &before, NULL);
+	if (err)
+		fp_worker_stop(worker);
+	return err;
+}
+
+/**
+ * fp_worker_stop() - End the threads behind their present batch
+ *
+ * Return: 0, or the errno with which one had ended
+ */
+int fp_worker_stop(struct fp_worker *worker)
+{
+	eventfd_t signals;
+
+	eventfd_write(worker->stop_fd, 1);
+	while (worker->threads)
+		pthread_join(worker->thread[--worker->threads], NULL);
+	eventfd_read(worker->stop_fd, &signals);
+	watch_stop(worker, EPOLL_CTL_DEL);
+	if (worker->assisted) {
+		worker->assisted = false;
+		watch(worker->epoll_fd, EPOLL_CTL_MOD, worker->decap.epoll_fd, EPOLLIN, KEY_DECAP);
+	}
+	return worker->error;
+}
+
+static void add_counters(const struct fp_counters *counters, struct fp_counters *into)
+{
+	const uint64_t *from = (const uint64_t *)counters;
 	uint64_t *sum = (uint64_t *)into;
 
 	static_assert(sizeof(*into) % sizeof(*sum) == 0, "fp_counters holds counters only");
@@ -530,17 +409,17 @@ void worker_add_counters(const struct fp_worker *worker, struct fp_counters *int
 		sum[i] += __atomic_load_n(from + i, __ATOMIC_RELAXED);
 }
 
+/** worker_add_counters() - Add a worker's counters to @into */
+void worker_add_counters(const struct fp_worker *worker, struct fp_counters *into)
+{
+	add_counters(&worker->encap.counters, into);
+	add_counters(&worker->decap.counters, into);
+}
+
 /** worker_take_suspects() - Move up to @capacity samples out. Return: how many */
 size_t worker_take_suspects(struct fp_worker *worker, struct fp_suspect *into, size_t capacity)
 {
-	unsigned int head = atomic_load_explicit(&worker->suspects_head, memory_order_acquire);
-	unsigned int tail = atomic_load_explicit(&worker->suspects_tail, memory_order_relaxed);
-	size_t count = 0;
-
-	while (tail != head && count < capacity)
-		into[count++] = worker->suspect[tail++ % SUSPECTS];
-	atomic_store_explicit(&worker->suspects_tail, tail, memory_order_release);
-	return count;
+	return decap_take_suspects(&worker->decap, into, capacity);
 }
 
 /** worker_next() - The next worker of the same context, or NULL */

@@ -13,6 +13,7 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, ip_address
 from pathlib import Path
 from typing import Any, Union
 
+from pyflannel.dataplane.offload import Offload, parse_offload
 from pyflannel.dataplane.refusal import Refusal
 
 
@@ -172,6 +173,22 @@ FLAGS: tuple[Flag, ...] = (
     ),
     Flag("source-ports", _number(1, 64), "16", "UDP source ports flows are spread over", _DATA),
     Flag("tun-queue-length", _number(1, 1_000_000), "5000", "packets the TUN queues", _DATA),
+    Flag(
+        "offload",
+        parse_offload,
+        "auto",
+        "auto, off, or of tso,uso (TUN) and gso,gro (UDP) those to force",
+        _DATA,
+    ),
+    Flag(
+        "workers",
+        _one_of("0", "1", "2", "auto"),
+        "auto",
+        "threads that move packets; 0: the event loop; auto: 1, and 2 under load",
+        _DATA,
+    ),
+    Flag("poll-us", _number(0, 1_000_000), "0", "microseconds to poll before sleeping", _DATA),
+    Flag("tun-queues", _number(1, 16), "1", "queues of the TUN, served in turns", _DATA),
     Flag("ip-masq", _boolean, "false", "masquerade; told in subnet.env", _TRAFFIC),
     Flag("ip-masq-fully-random-disable", _boolean, "false", "no --random-fully", _TRAFFIC),
     Flag("iptables-forward-rules", _boolean, "true", "accept forwarded packets", _TRAFFIC),
@@ -244,6 +261,10 @@ class Options:
     reserved_bits: str
     source_ports: int
     tun_queue_length: int
+    offload: Offload | None
+    workers: str
+    poll_us: int
+    tun_queues: int
     ip_masq: bool
     ip_masq_fully_random_disable: bool
     iptables_forward_rules: bool

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network
 
 from pyflannel.control.network_config import NetworkConfig
-from pyflannel.dataplane.fastpath import AntiSpoofing, Context, FastpathConfig
-from pyflannel.dataplane.forwarder import Forwarder
+from pyflannel.dataplane.fastpath import AntiSpoofing, Context, FastpathConfig, WorkerIo
+from pyflannel.dataplane.forwarder import Forwarder, Workers
 from pyflannel.dataplane.interface import Choice, choose_interface
 from pyflannel.dataplane.netlink import Netlink
 from pyflannel.dataplane.refusal import Refusal
@@ -145,9 +145,10 @@ class Overlay:
             backend.port,
             options.source_ports,
             vxlan_devices=await netlink.vxlan_devices_on_port(backend.port),
+            offload=options.offload,
         )
         stack.callback(underlay.close)
-        tun = Tun.open(f"flannel.{backend.vni}")
+        tun = Tun.open(f"flannel.{backend.vni}", options.tun_queues, options.offload)
         stack.callback(tun.close)
         return cls(options, netlink, config, underlying, tun, underlay, stack)
 
@@ -213,9 +214,19 @@ class Overlay:
 
     def forward(self, on_lost: Callable[[OSError], None]) -> None:
         """Begin to forward; `on_lost` is called when the device disappears."""
-        forwarder = Forwarder(self.context, on_lost)
+        forwarder = Forwarder(self.context, Workers(self._options.workers), on_lost)
         self._stack.callback(forwarder.close)
-        forwarder.start(self._tun.fd, self._underlay.receive_fd, self._underlay.send_fds)
+        tun, underlay = self._tun, self._underlay
+        io = WorkerIo(
+            tun=tun.read_fds,
+            tun_write=tun.write_fd,
+            receive=underlay.receive_fd,
+            send=underlay.send_fds,
+            offload=tun.offload | underlay.offload,
+            poll_us=self._options.poll_us,
+        )
+        forwarder.start(io)
+        log.info("Forwarding with workers %s and offloads %s", self._options.workers, io.offload)
 
     def keep_device(self) -> None:
         """Leave the device behind at exit from now on, as the start has succeeded."""

@@ -1,0 +1,339 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * DOC: From the wire to the TUN
+ *
+ * A batch is what one recvmmsg() brings. With UDP_GRO a message holds many datagrams of one flow of
+ * the underlay. Each is checked by decap_datagram() and its inner packet held (csrc/gro.c), joined
+ * with others of its flow where the TUN takes super-packets; at the end of the batch all are
+ * written.
+ *
+ * Large messages are received a few at a time, so that their bytes are still in the cache when they
+ * are written; small ones by the slotful.
+ */
+#define _GNU_SOURCE
+#include "decap.h"
+
+#include <errno.h>
+#include <netinet/in.h>
+#include <netinet/udp.h>
+#include <stdlib.h>
+#include <sys/epoll.h>
+#include <sys/mman.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+#define SLOT_BYTES (64 * 1024 + 64)
+#define ARENA_BYTES ((size_t)RECEIVES * SLOT_BYTES)
+#define SLOTS_MIN 4
+/* Average message above which SLOTS_MIN are received at a time. */
+#define LARGE_MESSAGE 4096
+
+static void drop(struct decap_side *side, int reason)
+{
+	count_up(&side->counters.drops[reason], 1);
+}
+
+/* Keep a sample for the operator's log, unless the ring is full or it repeats the last one. */
+static void note_suspect(struct decap_side *side, int reason, const struct inet_address *source,
+			 const struct decap *decap)
+{
+	unsigned int head = atomic_load_explicit(&side->suspects_head, memory_order_relaxed);
+	unsigned int tail = atomic_load_explicit(&side->suspects_tail, memory_order_acquire);
+	struct fp_suspect *last = &side->suspect[(head - 1) % SUSPECTS];
+	struct fp_suspect *suspect = &side->suspect[head % SUSPECTS];
+
+	if (head - tail == SUSPECTS)
+		return;
+	if (head != tail && last->reason == reason &&
+	    memcmp(last->outer_source, source, sizeof(*source)) == 0)
+		return;
+	suspect->reason = reason;
+	memcpy(suspect->outer_source, source, sizeof(*source));
+	memcpy(suspect->mac, decap->mac, ETH_ALEN);
+	memcpy(suspect->inner_source, &decap->flow.source, sizeof(decap->flow.source));
+	atomic_store_explicit(&side->suspects_head, head + 1, memory_order_release);
+}
+
+/** decap_take_suspects() - Move up to @capacity samples out. Return: how many */
+size_t decap_take_suspects(struct decap_side *side, struct fp_suspect *into, size_t capacity)
+{
+	unsigned int head = atomic_load_explicit(&side->suspects_head, memory_order_acquire);
+	unsigned int tail = atomic_load_explicit(&side->suspects_tail, memory_order_relaxed);
+	size_t count = 0;
+
+	while (tail != head && count < capacity)
+		into[count++] = side->suspect[tail++ % SUSPECTS];
+	atomic_store_explicit(&side->suspects_tail, tail, memory_order_release);
+	return count;
+}
+
+/* What the kernel says about a message beside its bytes. */
+struct outer {
+	struct inet_address source;
+	uint8_t tos;
+	size_t segment; /* UDP_GRO's size of its datagrams, 0 for one */
+};
+
+static struct outer outer_of(const struct receive *receive, struct msghdr *header)
+{
+	struct outer outer = { 0 };
+	int value;
+
+	if (receive->from.ss_family == AF_INET)
+		outer.source = inet_from_ipv4(
+			(const uint8_t *)&((const struct sockaddr_in *)&receive->from)->sin_addr);
+	else
+		memcpy(&outer.source, &((const struct sockaddr_in6 *)&receive->from)->sin6_addr,
+		       sizeof(outer.source));
+	for (struct cmsghdr *c = CMSG_FIRSTHDR(header); c; c = CMSG_NXTHDR(header, c)) {
+		if (c->cmsg_level == IPPROTO_IP && c->cmsg_type == IP_TOS) {
+			outer.tos = *CMSG_DATA(c);
+			continue;
+		}
+		memcpy(&value, CMSG_DATA(c), sizeof(value));
+		if (c->cmsg_level == IPPROTO_IPV6 && c->cmsg_type == IPV6_TCLASS)
+			outer.tos = (uint8_t)value;
+		else if (c->cmsg_level == SOL_UDP && c->cmsg_type == UDP_GRO && value > 0)
+			outer.segment = (size_t)value;
+	}
+	return outer;
+}
+
+/* Return: 0, or an errno */
+static int write_tun(struct decap_side *side, const struct vnet_header *vnet, struct iovec *packet,
+		     unsigned int pieces)
+{
+	struct iovec iov[1 + GRO_SEGMENTS_PER_PACKET] = { { (void *)vnet, sizeof(*vnet) } };
+	ssize_t written;
+
+	memcpy(iov + 1, packet, pieces * sizeof(*packet));
+	do
+		written = writev(side->tun_fd, iov, 1 + (int)pieces);
+	while (written < 0 && errno == EINTR);
+	count_up(&side->counters.tun_writes, 1);
+	return written < 0 ? errno : 0;
+}
+
+static void count_written(struct decap_side *side, const struct fib_entry *sender, size_t packets,
+			  size_t bytes)
+{
+	count_up(&side->counters.traffic.decap_packets, packets);
+	count_up(&side->counters.traffic.decap_bytes, bytes);
+	if (sender) {
+		traffic_add(&sender->traffic->decap_packets, packets);
+		traffic_add(&sender->traffic->decap_bytes, bytes);
+	}
+}
+
+/* Write a packet as it came. */
+static void write_single(struct decap_side *side, const struct fib_entry *sender,
+			 const struct vnet_header *vnet, uint8_t *packet, size_t length)
+{
+	struct iovec iov = { packet, length };
+	int err = write_tun(side, vnet, &iov, 1);
+
+	if (err)
+		drop(side, err == EIO ? FP_DROP_TUN_DOWN : FP_DROP_TUN_WRITE);
+	else
+		count_written(side, sender, 1, length);
+}
+
+/* Write all that is held, in the order in which it came. */
+static void write_held(struct decap_side *side)
+{
+	static const struct vnet_header plain;
+	struct gro *gro = &side->gro;
+
+	for (unsigned int i = 0; i < gro->packets; i++) {
+		struct gro_packet *held = &gro->packet[i];
+		struct iovec iov[GRO_SEGMENTS_PER_PACKET];
+		struct vnet_header vnet;
+		struct gro_edit edit;
+		unsigned int pieces = gro_finish(gro, held, &vnet, &edit, iov);
+
+		if (held->segments == 1) {
+			write_single(side, held->sender, &vnet, held->packet, held->length);
+			continue;
+		}
+		if (write_tun(side, &vnet, iov, pieces) == 0) {
+			count_written(side, held->sender, held->segments,
+				      held->total + (held->segments - 1) * held->headers);
+			continue;
+		}
+		/* Whatever the kernel has against it, the packets alone are as good. */
+		gro_undo(held, &edit);
+		write_single(side, held->sender, &plain, held->packet, held->length);
+		for (int s = held->first; s >= 0; s = gro->segment[s].next)
+			write_single(side, held->sender, &plain,
+				     gro->segment[s].payload - held->headers,
+				     gro->segment[s].length + held->headers);
+	}
+	gro_start(gro);
+}
+
+/* Check one datagram and hold its packet. */
+static void take_datagram(struct decap_side *side, const struct outer *outer, uint8_t *datagram,
+			  size_t length, size_t hint)
+{
+	struct decap decap;
+
+	decap_datagram(side->ctx, datagram, length, &outer->source, outer->tos, &decap);
+	if (decap.drop >= 0) {
+		drop(side, decap.drop);
+		if (decap.sender)
+			traffic_add(&decap.sender->traffic->drops, 1);
+	} else {
+		while (!gro_add(&side->gro, decap.packet, &decap.flow, hint, decap.sender))
+			write_held(side);
+	}
+	if (decap.spoofed >= 0)
+		count_up(&side->counters.spoofed[decap.spoofed], 1);
+	if (decap.spoofed >= 0 || decap.drop == FP_DROP_UNKNOWN_VTEP ||
+	    decap.drop == FP_DROP_VTEP_MAC || decap.drop == FP_DROP_INNER_SOURCE)
+		note_suspect(side, decap.spoofed >= 0 ? decap.spoofed : decap.drop, &outer->source,
+			     &decap);
+}
+
+/*
+ * A kernel peer on a virtual link sends a super-packet as one datagram. UDP_GRO then tells the
+ * inner gso size, and the inner packet is longer than a datagram of that size could be.
+ */
+static bool is_super_packet(const uint8_t *message, size_t length, size_t segment)
+{
+	const struct vxlan_push *push = (const struct vxlan_push *)message;
+	const uint8_t *packet = message + sizeof(*push);
+	size_t inner;
+
+	if (segment < sizeof(*push) + sizeof(struct ipv6_header))
+		return segment != 0 && length > segment;
+	inner = get_be16(push->eth.type) == ETHERTYPE_IPV4
+			? get_be16(((const struct ipv4_header *)packet)->total_length)
+			: sizeof(struct ipv6_header) +
+				  get_be16(((const struct ipv6_header *)packet)->payload_length);
+	return sizeof(*push) + inner > segment;
+}
+
+static void take_message(struct decap_side *side, struct receive *receive, struct mmsghdr *message)
+{
+	struct outer outer = outer_of(receive, &message->msg_hdr);
+	uint8_t *datagram = receive->iov.iov_base;
+	size_t left = message->msg_len;
+	size_t hint = 0, size = left;
+
+	if (outer.segment && outer.segment < left) {
+		if (is_super_packet(datagram, left, outer.segment))
+			hint = outer.segment;
+		else
+			size = outer.segment;
+	}
+	do {
+		size_t length = left < size ? left : size;
+
+		take_datagram(side, &outer, datagram, length, hint);
+		datagram += length;
+		left -= length;
+	} while (left);
+}
+
+/* Move what one recvmmsg() brings. Return: datagrams, 0 when there is none */
+static int decap_batch(struct decap_side *side)
+{
+	size_t bytes = 0;
+	int received;
+
+	for (unsigned int i = 0; i < side->slots; i++) {
+		struct receive *receive = &side->receive[i];
+
+		side->message[i].msg_hdr.msg_namelen = sizeof(receive->from);
+		side->message[i].msg_hdr.msg_controllen = sizeof(receive->control);
+	}
+	received = recvmmsg(side->receive_fd, side->message, side->slots, MSG_DONTWAIT, NULL);
+	if (received <= 0)
+		return 0;
+	count_up(&side->counters.receives, (uint64_t)received);
+	for (int i = 0; i < received; i++) {
+		bytes += side->message[i].msg_len;
+		take_message(side, &side->receive[i], &side->message[i]);
+	}
+	write_held(side);
+	side->slots = bytes / (size_t)received > LARGE_MESSAGE ? SLOTS_MIN : RECEIVES;
+	return received;
+}
+
+/**
+ * decap_turn() - Move what has come, without blocking
+ * @side:    Side that no other thread is in
+ * @batches: At most so many
+ *
+ * Return: messages received
+ */
+int decap_turn(struct decap_side *side, unsigned int batches)
+{
+	int messages = 0;
+
+	fib_enter(side->ctx->fib, &side->reader);
+	while (batches--) {
+		unsigned int slots = side->slots;
+		int received = decap_batch(side);
+
+		messages += received;
+		if ((unsigned int)received < slots)
+			break;
+	}
+	fib_leave(&side->reader);
+	return messages;
+}
+
+/**
+ * decap_open() - Make the side; on failure decap_close() is still to be called
+ *
+ * Return: 0, or an errno
+ */
+int decap_open(struct decap_side *side, struct fp_ctx *ctx, const struct fp_io *io)
+{
+	struct epoll_event event = { .events = EPOLLIN, .data.u64 = DECAP_KEY_SOCKET };
+
+	side->ctx = ctx;
+	side->receive_fd = io->receive;
+	side->tun_fd = io->tun_write;
+	side->slots = RECEIVES;
+	side->gro.tcp = io->coalesce_tcp;
+	side->gro.udp = io->coalesce_udp;
+	gro_start(&side->gro);
+	/* Pages that no message reaches are never touched. */
+	side->arena =
+		mmap(NULL, ARENA_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	if (side->arena == MAP_FAILED) {
+		side->arena = NULL;
+		return ENOMEM;
+	}
+	for (unsigned int i = 0; i < RECEIVES; i++) {
+		struct receive *receive = &side->receive[i];
+
+		receive->iov = (struct iovec) { side->arena + (size_t)i * SLOT_BYTES, SLOT_BYTES };
+		side->message[i].msg_hdr = (struct msghdr) {
+			.msg_name = &receive->from,
+			.msg_iov = &receive->iov,
+			.msg_iovlen = 1,
+			.msg_control = &receive->control,
+		};
+	}
+	side->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
+	if (side->epoll_fd < 0 ||
+	    epoll_ctl(side->epoll_fd, EPOLL_CTL_ADD, side->receive_fd, &event))
+		return errno;
+	fib_reader_add(ctx->fib, &side->reader);
+	side->registered = true;
+	return 0;
+}
+
+/** decap_close() - Free what decap_open() made, also when it failed */
+void decap_close(struct decap_side *side)
+{
+	if (side->registered)
+		fib_reader_remove(side->ctx->fib, &side->reader);
+	if (side->epoll_fd >= 0)
+		close(side->epoll_fd);
+	if (side->arena)
+		munmap(side->arena, ARENA_BYTES);
+}

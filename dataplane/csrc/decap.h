@@ -1,0 +1,48 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#ifndef PYFLANNEL_DECAP_H
+#define PYFLANNEL_DECAP_H
+
+#include <sys/socket.h>
+
+#include "context.h"
+#include "gro.h"
+
+#define SUSPECTS 64
+#define RECEIVES 64
+
+enum { DECAP_KEY_SOCKET, DECAP_KEY_STOP };
+
+/* One message that came in. */
+struct receive {
+	struct iovec iov;
+	struct sockaddr_storage from;
+	union {
+		char bytes[3 * CMSG_SPACE(sizeof(int))];
+		struct cmsghdr align;
+	} control;
+};
+
+/* The way from the wire to the TUN. One thread at a time is in it. */
+struct decap_side {
+	struct fp_ctx *ctx;
+	struct fib_reader reader;
+	bool registered; /* as a reader */
+	int epoll_fd; /* -1 before decap_open() */
+	int receive_fd;
+	int tun_fd;
+	unsigned int slots; /* to receive into next time */
+	uint8_t *arena;
+	struct receive receive[RECEIVES];
+	struct mmsghdr message[RECEIVES];
+	struct gro gro;
+	struct fp_counters counters;
+	_Atomic unsigned int suspects_head, suspects_tail;
+	struct fp_suspect suspect[SUSPECTS];
+};
+
+int decap_open(struct decap_side *side, struct fp_ctx *ctx, const struct fp_io *io);
+void decap_close(struct decap_side *side);
+int decap_turn(struct decap_side *side, unsigned int batches);
+size_t decap_take_suspects(struct decap_side *side, struct fp_suspect *into, size_t capacity);
+
+#endif

@@ -1,0 +1,83 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#ifndef PYFLANNEL_ENCAP_H
+#define PYFLANNEL_ENCAP_H
+
+#include <netinet/in.h>
+#include <sys/epoll.h>
+#include <sys/socket.h>
+
+#include "context.h"
+#include "gso.h"
+
+#define TUN_QUEUES_MAX 16
+#define SEND_SOCKETS_MAX 64
+#define SENDS 128
+#define PIECES 256
+
+/* Keys of the epoll set: first TUN queues, then send sockets that are full, then the stop signal.
+ */
+#define ENCAP_KEY_SOCKET TUN_QUEUES_MAX
+#define ENCAP_KEY_STOP (TUN_QUEUES_MAX + SEND_SOCKETS_MAX)
+
+/* Equal datagrams, and at most one shorter at the end, that lie in one piece of memory. */
+struct piece {
+	uint8_t *start;
+	size_t length;
+	int next; /* of the same send, or -1 */
+};
+
+/* One message: datagrams of one size for one peer. */
+struct send {
+	const struct fib_entry *peer; /* NULL once the FIB section has ended */
+	struct sockaddr_storage to;
+	socklen_t to_length;
+	uint8_t tos;
+	bool closed; /* takes no more: it is full, or ends in a shorter datagram */
+	bool split; /* its datagrams are sent one by one */
+	size_t size; /* of each datagram but the last */
+	size_t total;
+	unsigned int datagrams;
+	unsigned int sent; /* of @datagrams, when it is split */
+	int first, last; /* pieces */
+	int next; /* of the same socket, or -1 */
+};
+
+struct send_socket {
+	int fd;
+	int first, last; /* its sends of this batch, in order; -1 for none */
+	bool blocked;
+};
+
+struct tun_queue {
+	int fd;
+	uint64_t served; /* when, in batches */
+	size_t headers, size; /* guess for the next super-packet; 0, 0: that there is none */
+	unsigned int misses; /* packets since the last super-packet */
+};
+
+/* The way from the TUN to the wire. One thread at a time is in it. */
+struct encap_side {
+	struct fp_ctx *ctx;
+	struct fib_reader reader;
+	bool registered; /* as a reader */
+	int epoll_fd; /* -1 before encap_open() */
+	unsigned int queues;
+	struct tun_queue queue[TUN_QUEUES_MAX];
+	unsigned int sockets;
+	struct send_socket socket[SEND_SOCKETS_MAX];
+	unsigned int blocked; /* sockets that wait for room */
+	bool segment;
+	uint64_t batches;
+	uint8_t *arena;
+	size_t used; /* of the arena */
+	unsigned int pieces, sends;
+	struct piece piece[PIECES];
+	struct send send[SENDS];
+	struct fp_counters counters;
+};
+
+int encap_open(struct encap_side *side, struct fp_ctx *ctx, const struct fp_io *io);
+void encap_close(struct encap_side *side);
+int encap_turn(struct encap_side *side, unsigned int batches);
+
+#endif

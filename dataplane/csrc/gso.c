@@ -1,0 +1,183 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * DOC: Segmentation of the super-packets that a TUN with offloads hands over
+ *
+ * A super-packet is headers and up to 64 KB of payload. It becomes segments that lie in one piece
+ *of memory with a gap in front of each, room for what encapsulation pushes:
+ *
+ *	packet                        packet + stride
+ *	| headers | payload 0 | gap | headers | payload 1 | gap | headers | last payload |
+ *
+ * where the stride is headers + gso size + gap. The reader of the TUN lets the kernel put the
+ *payload there at once (csrc/encap.c guesses the sizes, which seldom change); else gso_spread()
+ *moves it. gso_fill() then writes the headers as the kernel's tcp_gso_segment(),
+ *__udp_gso_segment() and inet_gso_segment() do.
+ */
+#include "gso.h"
+
+#include "transport.h"
+
+/**
+ * gso_parse() - Check a vnet header against its packet
+ * @vnet:   From the kernel
+ * @packet: From the IP header, which flow_parse() accepted; min(@length, GSO_HEADERS_MAX) bytes lie
+ *          here in one piece
+ * @length: Bytes of the whole packet
+ * @gso:    Written when the headers agree
+ *
+ * Return: whether they agree
+ */
+bool gso_parse(const struct vnet_header *vnet, const uint8_t *packet, size_t length,
+	       struct gso *gso)
+{
+	unsigned int version = packet[0] >> 4;
+	uint8_t type = vnet->gso_type & ~VNET_GSO_ECN;
+	size_t transport = vnet->checksum_start;
+
+	*gso = (struct gso) { .segments = 1 };
+	if (type == VNET_GSO_NONE)
+		return true;
+	if (transport < (version == 4 ? sizeof(struct ipv4_header) : sizeof(struct ipv6_header)) ||
+	    transport > GSO_HEADERS_MAX || !(vnet->flags & VNET_NEEDS_CHECKSUM))
+		return false;
+	gso->transport = transport;
+	if (type == VNET_GSO_UDP) {
+		gso->protocol = PROTOCOL_UDP;
+		gso->headers = transport + sizeof(struct udp_header);
+	} else if (type == (version == 4 ? VNET_GSO_TCPV4 : VNET_GSO_TCPV6)) {
+		const struct tcp_header *tcp = (const struct tcp_header *)(packet + transport);
+		size_t header;
+
+		if (length < transport + sizeof(*tcp) || transport + sizeof(*tcp) > GSO_HEADERS_MAX)
+			return false;
+		header = tcp_header_length(tcp);
+		if (header < sizeof(*tcp))
+			return false;
+		gso->protocol = PROTOCOL_TCP;
+		gso->headers = transport + header;
+	} else {
+		return false;
+	}
+	if (gso->headers >= length || gso->headers > GSO_HEADERS_MAX || vnet->gso_size == 0)
+		return false;
+	gso->size = vnet->gso_size;
+	gso->payload = length - gso->headers;
+	gso->segments = (gso->payload + gso->size - 1) / gso->size;
+	return true;
+}
+
+/**
+ * gso_spread() - Move the payload of a packet that lies in one piece to where its segments will be
+ * @gso:    What gso_parse() said
+ * @packet: With room behind it: (segments - 1) times @gap and headers
+ * @gap:    Bytes to leave in front of the headers of each segment but the first
+ */
+void gso_spread(const struct gso *gso, uint8_t *packet, size_t gap)
+{
+	uint8_t *payload = packet + gso->headers;
+
+	/* From behind, so that nothing is overwritten before it has moved. */
+	for (size_t i = gso->segments - 1; i > 0; i--) {
+		size_t begin = i * gso->size;
+		size_t length = i + 1 == gso->segments ? gso->payload - begin : gso->size;
+
+		memmove(payload + begin + i * (gap + gso->headers), payload + begin, length);
+	}
+}
+
+static void fill_ipv4(uint8_t *segment, size_t length, size_t index)
+{
+	struct ipv4_header *header = (struct ipv4_header *)segment;
+	struct checksum sum = { 0 };
+
+	header->total_length = put_be16((uint16_t)length);
+	header->id = put_be16((uint16_t)(get_be16(header->id) + index));
+	header->checksum = (be16) { { 0, 0 } };
+	checksum_add(&sum, header, (size_t)(header->version_ihl & 0x0f) * 4);
+	header->checksum = checksum_field(&sum);
+}
+
+/**
+ * gso_fill() - Write the headers of all segments
+ * @gso:    What gso_parse() said, with more than one segment or not
+ * @packet: The first segment; the super-packet's headers lie here, the payloads in their places
+ * @gap:    Bytes between the end of a segment and the headers of the next
+ */
+void gso_fill(const struct gso *gso, uint8_t *packet, size_t gap)
+{
+	uint8_t template[GSO_HEADERS_MAX];
+	struct checksum addresses = transport_addresses(packet);
+	bool ipv4 = packet[0] >> 4 == 4;
+	size_t left = gso->payload;
+
+	memcpy(template, packet, gso->headers);
+	for (size_t i = 0; i < gso->segments; i++) {
+		uint8_t *segment = packet + i * (gso->headers + gso->size + gap);
+		size_t payload = left < gso->size ? left : gso->size;
+		size_t length = gso->headers + payload;
+		struct checksum sum = addresses;
+		be16 *field;
+
+		left -= payload;
+		memcpy(segment, template, gso->headers);
+		if (ipv4)
+			fill_ipv4(segment, length, i);
+		else
+			((struct ipv6_header *)segment)->payload_length =
+				put_be16((uint16_t)(length - sizeof(struct ipv6_header)));
+		if (gso->protocol == PROTOCOL_TCP) {
+			struct tcp_header *tcp = (struct tcp_header *)(segment + gso->transport);
+
+			tcp->sequence =
+				put_be32(get_be32(tcp->sequence) + (uint32_t)(i * gso->size));
+			/* The end of the data is in the last, the reaction to marks in the first.
+			 */
+			if (left)
+				tcp->flags &= (uint8_t) ~(TCP_FIN | TCP_PSH);
+			if (i)
+				tcp->flags &= (uint8_t)~TCP_CWR;
+			field = &tcp->checksum;
+		} else {
+			struct udp_header *udp = (struct udp_header *)(segment + gso->transport);
+
+			udp->length = put_be16((uint16_t)(length - gso->transport));
+			field = &udp->checksum;
+		}
+		*field = (be16) { { 0, 0 } };
+		checksum_add_word(&sum, gso->protocol);
+		checksum_add_word(&sum, (uint16_t)(length - gso->transport));
+		checksum_add(&sum, segment + gso->transport, length - gso->transport);
+		*field = checksum_field(&sum);
+		/* RFC 768: zero would mean that there is none. */
+		if (gso->protocol == PROTOCOL_UDP && get_be16(*field) == 0)
+			*field = put_be16(0xffff);
+	}
+}
+
+/**
+ * gso_complete_checksum() - Finish the checksum of a packet that is not cut
+ * @vnet:   With VNET_NEEDS_CHECKSUM or without
+ * @packet: From the IP header
+ * @length: Bytes of it
+ *
+ * Return: whether the vnet header fits the packet
+ */
+bool gso_complete_checksum(const struct vnet_header *vnet, uint8_t *packet, size_t length)
+{
+	size_t start = vnet->checksum_start;
+	size_t field = start + vnet->checksum_offset;
+	struct checksum sum = { 0 };
+	be16 value;
+
+	if (!(vnet->flags & VNET_NEEDS_CHECKSUM))
+		return true;
+	if (start > length || field + sizeof(value) > length)
+		return false;
+	checksum_add(&sum, packet + start, length - start);
+	value = checksum_field(&sum);
+	/* As csum_fold() ? : CSUM_MANGLED_0 in skb_checksum_help(). */
+	if (get_be16(value) == 0)
+		value = put_be16(0xffff);
+	memcpy(packet + field, &value, sizeof(value));
+	return true;
+}
