@@ -57,7 +57,7 @@ def write_subnet_file(path: Path, content: SubnetFile) -> None:
     write_atomically(path, content.render().encode(), 0o644)
 
 
-def _variables_untrusted(text: str) -> dict[str, str]:
+def variables_untrusted(text: str) -> dict[str, str]:
     """Read dotenv lines: comments, quotes and `export ` are tolerated."""
     found = {}
     for line in text.splitlines():
@@ -71,7 +71,7 @@ def _variables_untrusted(text: str) -> dict[str, str]:
 def read_previous_subnet(path: Path) -> LeaseSubnet | None:
     """Return the subnet of the last run, None when there is none that can be used."""
     try:
-        found = _variables_untrusted(path.read_text(encoding="utf-8"))
+        found = variables_untrusted(path.read_text(encoding="utf-8"))
         text, text6 = found.get("FLANNEL_SUBNET", ""), found.get("FLANNEL_IPV6_SUBNET", "")
         if not text:
             return None

@@ -1,4 +1,5 @@
-"""The command `pyflannel-udp`: argv to options to daemon, errors to one line and an exit code.
+"""The command `pyflannel-udp`: argv to a sub-command or to options and the daemon, errors to one
+line and an exit code.
 
 Exit codes: 0 stopped by a signal, help or version; 1 a start that was refused; 2 usage.
 """
@@ -8,20 +9,39 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 
+from pyflannel import docker_opts
 from pyflannel.dataplane.refusal import Refusal
 from pyflannel.log import set_up_log
 from pyflannel.options import HelpRequested, UsageError, VersionRequested, parse_options
 
 log = logging.getLogger(__name__)
 
+COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {"docker-opts": docker_opts.main}
+"""Sub-commands: what runs each on the words behind its name, and returns the exit code."""
+
+
+def _run_command(name: str, argv: Sequence[str]) -> int:
+    if name not in COMMANDS:
+        known = ", ".join(sorted(COMMANDS))
+        print(f"pyflannel-udp: no command {name!r}; there are: {known}", file=sys.stderr)
+        return 2
+    try:
+        return COMMANDS[name](argv)
+    except Refusal as error:
+        print(f"pyflannel-udp {name}: {error}", file=sys.stderr)
+        return 1
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
+    words = sys.argv[1:] if argv is None else argv
+    if words and not words[0].startswith("-"):
+        return _run_command(words[0], words[1:])
     try:
-        options = parse_options(sys.argv[1:] if argv is None else argv, os.environ)
+        options = parse_options(words, os.environ)
     except HelpRequested as text:
         print(text)
         return 0

@@ -291,6 +291,7 @@ def help_text() -> str:
     """Return the text of `--help`: every flag with its default, by group."""
     lines = [
         "Usage: pyflannel-udp [FLAGS]",
+        "       pyflannel-udp docker-opts [OPTIONS]   (see docker-opts -h)",
         "",
         "Joins a flannel network (backend vxlan, etcd v3) without a kernel vxlan device.",
         "Each flag can also be set by a variable: FLANNELD_ETCD_PREFIX for --etcd-prefix.",
