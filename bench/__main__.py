@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from bench.cases import CASES, QUICK, Case, Sample
 from bench.machine import describe, wait_for_quiet
 from bench.summary import paired_ratio, spread
-from bench.variants import KINDS, Stack, build, compile_tools, parse_variant
+from bench.variants import VARIANTS, Stack, build, compile_tools, parse_variant
 from tests.lab.hosts import UNDERLAYS
 
 BASELINE = "kernel"
@@ -31,10 +31,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="a subset in under 3 minutes")
     parser.add_argument("--only", nargs="+", choices=CASES, metavar="CASE",
                         help=f"cases: {', '.join(CASES)}")
-    parser.add_argument("--variant", nargs="+", action="extend", metavar="NAME[@CHECKOUT][=FLAGS]",
-                        help=f"what to compare: {', '.join(KINDS)}, or pyflannel-udp under a name "
-                        "of your own with other flags, or from another checkout: "
-                        "'w0=--workers=0' 'before@../old='")
+    parser.add_argument("--variant", nargs="+", action="extend",
+                        metavar="NAME[:KIND][@CHECKOUT][=FLAGS]",
+                        help=f"what to compare: {', '.join(VARIANTS)}, or a name of your own for "
+                        "other flags or another checkout: 'w0=--workers=0' 'before@../old' "
+                        "'short:null=--queue=64'")
     parser.add_argument("--mode", default="wire-nocsum", choices=UNDERLAYS, help="underlay")
     parser.add_argument("--rounds", type=int, help="rounds in turns (5)")
     parser.add_argument("--seconds", type=float, help="length of a sample (4; quick 2)")

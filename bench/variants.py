@@ -16,6 +16,8 @@ from pathlib import Path
 
 from tests.lab.hosts import UNDERLAYS, Host, Lab, ping, wait_until
 
+BENCH = Path(__file__).parent
+TUN_ADDRESSES = (IPv4Address("10.245.0.1"), IPv4Address("10.245.0.2"))
 KERNEL_NODES = (
     (IPv4Network("10.244.201.0/24"), "0a:00:00:00:00:01"),
     (IPv4Network("10.244.202.0/24"), "0a:00:00:00:00:02"),
@@ -24,7 +26,10 @@ KERNEL_NODES = (
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """Something to measure: `kind` is a key of KINDS; flags and checkout are for `ours`."""
+    """Something to measure: `kind` is a key of KINDS, `flags` are for its program.
+
+    `checkout` is another checkout of pyflannel-udp, set up by `make setup`.
+    """
 
     name: str
     kind: str
@@ -56,19 +61,25 @@ class Stack:
 
 
 def parse_variant(text: str, common: tuple[str, ...] = ()) -> Variant:
-    """Read KIND, or NAME[@CHECKOUT]=FLAGS for pyflannel-udp; ValueError with a sentence."""
+    """Read NAME[:KIND][@CHECKOUT][=FLAGS]; ValueError with a sentence.
+
+    A name of VARIANTS needs no more; any other is `ours` unless it names its kind. `common` are
+    flags for every pyflannel-udp.
+    """
     head, equals, flags = text.partition("=")
-    name, at, checkout = head.partition("@")
-    if not equals and not at:
-        if name not in KINDS:
-            raise ValueError(f"{name!r} is no variant; there are {', '.join(KINDS)}")
-        return Variant(name, name, common if name == "ours" else ())
-    if name in KINDS and name != "ours":
-        raise ValueError(f"{text!r}: only pyflannel-udp takes flags or a checkout")
+    head, at, checkout = head.partition("@")
+    name, colon, kind = head.partition(":")
+    known = VARIANTS.get(name)
+    if known is None and not (equals or at or colon):
+        raise ValueError(f"{name!r} is no variant; there are {', '.join(VARIANTS)}")
+    kind = kind or (known.kind if known else "ours")
+    if kind not in KINDS:
+        raise ValueError(f"{kind!r} is no kind of variant; there are {', '.join(KINDS)}")
     folder = Path(checkout).resolve() if at else None
     if folder is not None and not (folder / ".venv/bin/python").exists():
         raise ValueError(f"{folder} has no .venv; run `make setup` there")
-    return Variant(name, "ours", (*flags.split(), *common), folder)
+    words = tuple(flags.split()) if equals else known.flags if known else ()
+    return Variant(name, kind, (*words, *common) if kind == "ours" else words, folder)
 
 
 def build(variant: Variant, mode: str) -> Stack:
@@ -109,13 +120,63 @@ def _ours(made: Lab, variant: Variant) -> IPv4Address:
     return subnet.network_address
 
 
+def _start_tun_program(host: Host, number: int, peer: Host, program: tuple[str, ...]) -> None:
+    own, other = TUN_ADDRESSES[number], TUN_ADDRESSES[1 - number]
+    # fmt: off
+    host.start(*program, "--local", str(host.address), "--peer", str(peer.address),
+               "--address", str(own), "--peer-address", str(other), log=host.log)
+    # fmt: on
+    wait_until(
+        lambda: bool(host.ip("link", "show", "bench0", check=False)), f"{program[0]} makes its TUN"
+    )
+    host.ip("addr", "add", f"{own}/30", "dev", "bench0")
+
+
+def _tun_programs(made: Lab, program: tuple[str, ...], mtu: int) -> IPv4Address:
+    """Start a program on both hosts that makes a TUN `bench0` and forwards to one peer."""
+    for number, host in enumerate(made.hosts):
+        _start_tun_program(host, number, made.hosts[1 - number], program)
+        host.ip("link", "set", "bench0", "mtu", str(mtu), "up")
+    return TUN_ADDRESSES[1]
+
+
+def _null(made: Lab, variant: Variant) -> IPv4Address:
+    return _tun_programs(made, (f"{BENCH}/bin/null_forwarder", *variant.flags), 1450)
+
+
+def _naive(made: Lab, variant: Variant) -> IPv4Address:
+    return _tun_programs(made, (sys.executable, f"{BENCH}/naive.py"), 1450)
+
+
+def _udp_backend(made: Lab, variant: Variant) -> IPv4Address:
+    return _tun_programs(made, (f"{BENCH}/bin/udp_backend",), 1472)
+
+
 KINDS: dict[str, Callable[[Lab, Variant], IPv4Address]] = {
     "plain": _plain,
     "kernel": _kernel,
     "ours": _ours,
+    "null": _null,
+    "naive": _naive,
+    "udp-backend": _udp_backend,
+}
+
+VARIANTS = {
+    variant.name: variant
+    for variant in (
+        Variant("plain", "plain"),
+        Variant("kernel", "kernel"),
+        Variant("ours", "ours"),
+        Variant("null", "null", ("--design=gather", "--threads=2")),
+        Variant("null-1thread", "null", ("--design=gather", "--threads=1")),
+        Variant("null-flat", "null", ("--design=flat", "--threads=2")),
+        Variant("null-gaps", "null", ("--design=gaps", "--threads=2")),
+        Variant("naive", "naive"),
+        Variant("udp-backend", "udp-backend"),
+    )
 }
 
 
 def compile_tools() -> None:
     """Compile the C programs of this folder."""
-    subprocess.run(["make", "--silent", "-C", str(Path(__file__).parent)], check=True)
+    subprocess.run(["make", "--silent", "-C", str(BENCH)], check=True)
