@@ -9,10 +9,11 @@ import logging
 import os
 import tempfile
 from dataclasses import dataclass
-from ipaddress import IPv4Network, IPv6Network
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 
 from pyflannel.control.lease import LeaseSubnet
+from pyflannel.dataplane.route import IPNetwork
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +67,25 @@ def variables_untrusted(text: str) -> dict[str, str]:
         if equals and not name.startswith("#"):
             found[name] = value.strip().strip("\"'")
     return found
+
+
+def read_previous_networks(path: Path) -> tuple[tuple[IPNetwork, IPNetwork], ...]:
+    """Return (network, own subnet) of each family of the last run; nothing where it is unreadable.
+
+    It is `read_previous_subnet` that says so in the log.
+    """
+    try:
+        found = variables_untrusted(path.read_text(encoding="utf-8"))
+        return tuple(
+            (ip_network(found[network]), ip_network(found[subnet], strict=False))
+            for network, subnet in (
+                ("FLANNEL_NETWORK", "FLANNEL_SUBNET"),
+                ("FLANNEL_IPV6_NETWORK", "FLANNEL_IPV6_SUBNET"),
+            )
+            if network in found and subnet in found
+        )
+    except (OSError, ValueError):
+        return ()
 
 
 def read_previous_subnet(path: Path) -> LeaseSubnet | None:

@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pyroute2 import IPRoute
+from pyroute2.netlink.exceptions import NetlinkError
 
 from pyflannel.dataplane.interface import Interface, InterfaceAddress, Reach
-from pyflannel.dataplane.route import MacAddress
+from pyflannel.dataplane.route import IPNetwork, MacAddress
 
 T = TypeVar("T")
 
@@ -38,6 +39,7 @@ _RTA_DST, _RTA_OIF, _RTA_GATEWAY = 1, 4, 5
 _RT_TABLE_MAIN, _RTPROT_BOOT, _RT_SCOPE_UNIVERSE, _RTN_UNICAST = 254, 3, 0, 1
 _RTNH_F_ONLINK = 4
 _IFF_UP = 1
+_LAST_METRIC = 0xFFFFFFFF
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +206,28 @@ class Netlink:
         if not present:
             self._ipr.addr("add", index=index, address=str(address), prefixlen=32)
         self._ipr.link("set", index=index, mtu=mtu, txqlen=queue_length, state="up")
+
+    async def ensure_blackhole(self, subnet: IPNetwork) -> None:
+        """Have a blackhole route for a subnet, behind every other route to it.
+
+        flannel's has the metric of a bridge's own route: where it is there first, the kernel puts
+        the bridge's behind it and no container is reached any more (seen on Linux 6.18).
+        """
+        await self._run(self._blackhole, "add", subnet, errno.EEXIST)
+
+    async def remove_blackhole(self, subnet: IPNetwork) -> None:
+        """Remove that route, if it is there."""
+        await self._run(self._blackhole, "del", subnet, errno.ESRCH)
+
+    def _blackhole(self, command: str, subnet: IPNetwork, harmless: int) -> None:
+        family = socket.AF_INET if subnet.version == 4 else socket.AF_INET6
+        try:
+            self._ipr.route(
+                command, family=family, dst=str(subnet), type="blackhole", priority=_LAST_METRIC
+            )
+        except NetlinkError as error:
+            if error.code != harmless:
+                raise
 
     async def sync_routes(self, device: str, wanted: Collection[IPv4Network]) -> tuple[int, int]:
         """Make the peer routes on our device exactly these; return how many came and went."""

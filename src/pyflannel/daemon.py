@@ -1,10 +1,10 @@
 """Composes the two planes: start order, READY, supervision, shutdown.
 
 Start: configuration from etcd -> interface -> leftover kernel device -> sockets, TUN -> own lease
--> address, MTU -> FIB and routes of the first snapshot -> forwarding -> subnet.env -> READY. Each
-step pushes its undo; leaving is this list read backwards. Like flannel we leave the device, its
-address and routes, the lease and subnet.env behind on a clean exit; a start that fails leaves
-nothing.
+-> address, MTU -> FIB and routes of the first snapshot -> forwarding -> traffic rules -> subnet.env
+-> READY. Each step pushes its undo; leaving is this list read backwards. Like flannel we leave the
+device, its address and routes, the rules, the lease and subnet.env behind on a clean exit; a start
+that fails leaves nothing.
 """
 
 from __future__ import annotations
@@ -33,7 +33,12 @@ from pyflannel.control.lease_keeper import LeaseKeeper, OwnIdentity
 from pyflannel.control.lease_table import LeaseTable
 from pyflannel.control.network_config import NetworkConfig, parse_network_config_untrusted
 from pyflannel.control.route_sync import RouteSync
-from pyflannel.control.subnet_file import SubnetFile, read_previous_subnet, write_subnet_file
+from pyflannel.control.subnet_file import (
+    SubnetFile,
+    read_previous_networks,
+    read_previous_subnet,
+    write_subnet_file,
+)
 from pyflannel.control.vtep_identity import load_vtep_mac, pick_vtep_mac, save_vtep_mac
 from pyflannel.dataplane.fastpath import Context
 from pyflannel.dataplane.netlink import Netlink
@@ -44,6 +49,7 @@ from pyflannel.notify import notify
 from pyflannel.options import Options, unserved_flags
 from pyflannel.overlay import Overlay, choose_underlay, remove_kernel_device
 from pyflannel.suspects import report_suspects
+from pyflannel.traffic import Traffic
 
 log = logging.getLogger(__name__)
 
@@ -136,8 +142,8 @@ class Daemon:
             self._readiness,
         )
         lease = await keeper.acquire()
-        assert config.network is not None
-        table = LeaseTable(underlying.public_ip, config.network, config.backend.port)
+        network = config.network
+        table = LeaseTable(underlying.public_ip, network, config.backend.port)
         self._table = table
         table.set_own_subnet(lease.subnet.ipv4)
         await overlay.adopt(lease.subnet.ipv4)
@@ -145,6 +151,14 @@ class Daemon:
         await sync.first_snapshot()
         await overlay.reconcile([route.subnet for route in table.routes()])
         overlay.forward(self._on_tun_lost)
+        traffic = Traffic(
+            options,
+            netlink,
+            stack.enter_context(contextlib.ExitStack()),
+            nftables=config.enable_nftables,
+            old=read_previous_networks(options.subnet_file),
+        )
+        await traffic.start([(network, lease.subnet.ipv4)])
         self._write_subnet_file(config, lease.subnet.ipv4, underlying.mtu)
         overlay.keep_device()
         self._readiness.clear("starting")
@@ -154,11 +168,13 @@ class Daemon:
         async def adopt(own: Lease) -> None:
             await overlay.apply(table.set_own_subnet(own.subnet.ipv4))
             await overlay.adopt(own.subnet.ipv4)
+            traffic.adopt([(network, own.subnet.ipv4)])
             self._write_subnet_file(config, own.subnet.ipv4, underlying.mtu)
 
         await self._supervise(
             keeper.run(adopt),
             sync.run(),
+            traffic.run(),
             report_suspects(
                 overlay.context, table.leases, dropped=options.anti_spoofing == "enforce"
             ),

@@ -220,13 +220,6 @@ _REMOVED = {
 }
 
 _UNSERVED = {
-    "ip_masq": "--ip-masq: no masquerade rules are written by this version, only subnet.env",
-    "iptables_forward_rules": "--iptables-forward-rules: no rules are written by this version",
-    "ip_masq_fully_random_disable": (
-        "--ip-masq-fully-random-disable: no masquerade rules are written by this version"
-    ),
-    "iptables_resync": "--iptables-resync: no rules are written by this version",
-    "ip_blackhole_route": "--ip-blackhole-route: this version adds no blackhole route",
     "public_ipv6": "--public-ipv6: this version carries IPv4 only",
     "vmodule": "--vmodule is ignored; use -v",
     "log_backtrace_at": "--log_backtrace_at is ignored",
