@@ -1,8 +1,7 @@
-"""Our own lease: acquire it, renew it, notice its loss and get it back.
+"""Our own lease: acquire it, renew it, notice its loss and get it back, give it back.
 
-It writes only with compare-and-swap, so it can never take a subnet that somebody else got
-meanwhile, and it never fights: a foreign write to our key is reported and makes us unready. A
-lease without an etcd lease is a reservation: it is kept so and needs no renewal.
+The thin shell around `own_lease`: it reads our key, has it judged and does what the table says. It
+writes only with compare-and-swap, so it can never take a subnet that somebody else got meanwhile.
 Source: spec section 5, decisions 14, 15.
 """
 
@@ -14,46 +13,44 @@ import logging
 import random
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
-from ipaddress import IPv4Address
+from dataclasses import replace
 from typing import Protocol
 
-from pyflannel.control.etcd import (
-    Compacted,
-    Deleted,
-    Etcd,
-    EtcdUnavailable,
-    Snapshot,
-)
+from pyflannel.control.etcd import Compacted, Etcd, Put
+from pyflannel.control.etcd_fault import EtcdUnavailable
 from pyflannel.control.lease import (
-    BACKEND_TYPE,
     LEASE_TTL_SECONDS,
     BadLease,
     KeyValue,
     Lease,
-    LeaseAttributes,
-    LeaseSubnet,
-    Vtep,
     lease_key,
     parse_lease_attributes_untrusted,
-    parse_lease_untrusted,
-    parse_subnet_key_untrusted,
-    subnets_prefix,
 )
+from pyflannel.control.lease_writer import LeaseWriter, OwnIdentity
 from pyflannel.control.network_config import NetworkConfig
-from pyflannel.control.subnet_pool import choose_subnet, is_compatible
-from pyflannel.dataplane.refusal import Refusal
-from pyflannel.dataplane.route import MacAddress
+from pyflannel.control.own_lease import (
+    TRANSITIONS,
+    Action,
+    LeaseState,
+    OwnLease,
+    Sighting,
+    judge,
+    seconds_to_renewal,
+)
+from pyflannel.control.subnet_pool import SubnetsExhausted
 
 log = logging.getLogger(__name__)
 
-ATTEMPTS = 10
 RETRY_SECONDS = 1.0
-RENEW_RETRY_SECONDS = 60.0
-RENEW_JITTER = 0.05
-"""Share of the margin by which renewals are spread, so that a cluster does not renew at once."""
+EXHAUSTED_SECONDS = 5.0
+RENEW_CHECK_SECONDS = 60.0
 
 CONFLICT = "duplicate-public-ip"
+NO_LEASE = "no-lease"
+SUBNET_CHANGED = "subnet-changed"
+
+
+_BY_OTHERS = (Sighting.RESERVED, Sighting.BARE, Sighting.COPIED, Sighting.FOREIGN)
 
 
 class Readiness(Protocol):
@@ -64,15 +61,6 @@ class Readiness(Protocol):
 
     def clear(self, reason: str) -> None:
         """Take a reason back."""
-
-
-@dataclass(frozen=True, slots=True)
-class OwnIdentity:
-    """Who we are to the others, and the subnet that we had in our last run."""
-
-    public_ip: IPv4Address
-    vtep_mac: MacAddress
-    previous: LeaseSubnet | None = None
 
 
 class LeaseKeeper:
@@ -90,253 +78,227 @@ class LeaseKeeper:
     ) -> None:
         self._etcd = etcd
         self._prefix = prefix
-        self._config = config
         self._identity = identity
         self._margin = renew_margin_seconds
         self._rng = rng
         self._readiness = readiness
-        self._foreign_puts = 0
+        self._writer = LeaseWriter(etcd, prefix, config, identity, rng)
+        self._state = LeaseState.SEEKING
         self._lease: Lease | None = None
-        self.expires_at: float | None = None
-        """Wall clock in seconds; None for a reservation."""
+        self._expires_at: float | None = None
+        self._chance = 0.0
+        self._written = 0
+        self._last_foreign = 0
+        self._foreign_puts = self._renewals = self._losses = 0
+        # A reading of our key must not be judged while a write of ours is under way.
+        self._lock = asyncio.Lock()
 
     @property
-    def _value(self) -> bytes:
-        vtep = Vtep(self._identity.vtep_mac, self._config.backend.vni)
-        return LeaseAttributes(self._identity.public_ip, None, BACKEND_TYPE, vtep).to_json()
+    def own(self) -> OwnLease:
+        """Our lease as it stands, for health, status and metrics."""
+        lease = self._lease
+        return OwnLease(
+            state=self._state,
+            subnet=None if lease is None else lease.subnet,
+            public_ip=self._identity.public_ip,
+            vtep_mac=self._identity.vtep_mac,
+            etcd_lease=0 if lease is None else lease.etcd_lease,
+            expires_at=self._expires_at,
+            renewals=self._renewals,
+            losses=self._losses,
+            foreign_puts=self._foreign_puts,
+        )
 
     async def acquire(self) -> Lease:
-        """Get a lease: our old one, the previous subnet, or a free one.
+        """Get a lease, however long it takes; SubnetsExhausted when none is free."""
+        return self._hold(await self._writer.acquire())
 
-        Waits for etcd as long as it takes. SubnetsExhausted when there is none, Refusal when
-        others win every race.
-        """
-        lost = 0
-        told = 0.0
-        while lost < ATTEMPTS:
-            try:
-                lease = await self._attempt(await self._etcd.snapshot(subnets_prefix(self._prefix)))
-            except EtcdUnavailable as error:
-                if time.monotonic() - told > 60 or not told:
-                    log.warning("cannot acquire a lease: %s; trying again", error)
-                    told = time.monotonic()
-                await asyncio.sleep(RETRY_SECONDS)
-                continue
-            if lease is not None:
-                return lease
-            lost += 1
-        raise Refusal(
-            f"another host was faster {ATTEMPTS} times in a row in {self._prefix}; start again"
-        )
-
-    async def _attempt(self, snapshot: Snapshot) -> Lease | None:
-        """Try once; None when somebody else was faster."""
-        taken = []
-        for kv in snapshot.kvs:
-            with contextlib.suppress(BadLease, UnicodeDecodeError):
-                taken.append(parse_subnet_key_untrusted(kv.key.decode()).ipv4)
-            lease = self._own_lease(kv)
-            if lease is None:
-                continue
-            if is_compatible(self._config, lease.subnet):
-                return await self._reuse(lease)
-            log.warning("our lease %s does not fit the network config: deleted", lease.subnet)
-            await self._etcd.delete_if(kv.key.decode(), kv.mod_revision)
-            return None
-        previous = self._identity.previous
-        if previous is not None and not any(previous.ipv4.overlaps(x) for x in taken):
-            if is_compatible(self._config, previous):
-                log.info("Found previously leased subnet (%s), reusing", previous.ipv4)
-                return await self._create(previous)
-            log.warning("previous subnet %s does not fit the network config", previous.ipv4)
-        log.info(
-            "Picking subnet in range %s ... %s", self._config.subnet_min, self._config.subnet_max
-        )
-        return await self._create(LeaseSubnet(choose_subnet(self._config, taken, self._rng)))
-
-    def _own_lease(self, kv: KeyValue) -> Lease | None:
+    async def release(self) -> None:
+        """Give our lease back, so that others may have the subnet; a reservation is kept."""
+        lease = self._lease
+        if lease is None or self._state not in (LeaseState.HELD, LeaseState.LOST):
+            return
         try:
-            lease = parse_lease_untrusted(kv)
-        except BadLease:
-            return None
-        return lease if lease.attributes.public_ip == self._identity.public_ip else None
+            # Only what is attached to the etcd lease goes with it: never a key others wrote.
+            await self._etcd.revoke(lease.etcd_lease)
+        except EtcdUnavailable as error:
+            log.warning("lease %s is not given back, it ends by itself: %s", lease.subnet, error)
+            return
+        self._state = LeaseState.RELEASED
+        log.info("Lease %s given back", lease.subnet)
 
-    async def _reuse(self, lease: Lease) -> Lease | None:
-        vtep = lease.attributes.vtep
-        if vtep is not None and vtep.mac != self._identity.vtep_mac:
-            log.warning(
-                "lease %s of our public IP %s had VTEP MAC %s, not our %s: taken over; if another "
-                "host uses this address, give each its own --public-ip",
-                lease.subnet,
-                self._identity.public_ip,
-                vtep.mac,
-                self._identity.vtep_mac,
-            )
-        log.info(
-            "Found lease (%s) for current IP (%s), reusing",
-            lease.subnet.ipv4,
-            self._identity.public_ip,
-        )
-        return await self._write(lease.subnet, lease.mod_revision, lease.etcd_lease == 0)
-
-    async def _create(self, subnet: LeaseSubnet) -> Lease | None:
-        lease = await self._write(subnet, 0, reservation=False)
-        if lease is None:
-            log.info("lost the race for %s, trying another", subnet.ipv4)
-        else:
-            log.info("Allocated lease (%s) to current node", subnet.ipv4)
+    def _hold(self, lease: Lease) -> Lease:
+        """Take a lease that we wrote just now for our own."""
+        self._lease = lease
+        self._state = LeaseState.HELD if lease.etcd_lease else LeaseState.RESERVED
+        self._expires_at = time.time() + LEASE_TTL_SECONDS if lease.etcd_lease else None
+        self._chance = self._rng.random()
+        self._written = lease.mod_revision
         return lease
-
-    async def _write(
-        self, subnet: LeaseSubnet, mod_revision: int, reservation: bool
-    ) -> Lease | None:
-        """Compare-and-swap our value in; None if the key is not as expected any more."""
-        granted = 0 if reservation else await self._etcd.grant(LEASE_TTL_SECONDS)
-        key = lease_key(self._prefix, subnet)
-        try:
-            commit = await self._etcd.put_if(key, self._value, granted, mod_revision)
-        except BaseException:
-            await self._give_back(granted)
-            raise
-        written = commit.revision if commit.succeeded else 0
-        if not commit.succeeded:
-            current = commit.current
-            # An answer that got lost: the write that is there is the one we just made.
-            if current is None or current.lease != granted or current.value != self._value:
-                await self._give_back(granted)
-                return None
-            written = current.mod_revision
-        self.expires_at = None if reservation else time.time() + LEASE_TTL_SECONDS
-        self._lease = Lease(
-            subnet,
-            parse_lease_attributes_untrusted(self._value),
-            create_revision=0,
-            mod_revision=written,
-            etcd_lease=granted,
-        )
-        return self._lease
-
-    async def _give_back(self, granted: int) -> None:
-        if granted:
-            with contextlib.suppress(EtcdUnavailable):
-                await self._etcd.revoke(granted)
 
     async def run(self, on_change: Callable[[Lease], Awaitable[None]]) -> None:
         """Renew and watch for ever; `on_change` gets a lease of another subnet."""
         renewing = asyncio.ensure_future(self._renew_for_ever())
         try:
-            await self._watch_for_ever(on_change)
+            while True:
+                try:
+                    await self._follow(on_change)
+                except Compacted as reason:
+                    log.info("reading our own lease anew: %s", reason)
+                except EtcdUnavailable as error:
+                    log.debug("cannot watch our own lease: %s", error)
+                    await asyncio.sleep(RETRY_SECONDS * self._rng.random())
+                except SubnetsExhausted as error:
+                    self._readiness.set(NO_LEASE, f"our subnet was taken, and {error}")
+                    await asyncio.sleep(EXHAUSTED_SECONDS)
         finally:
             renewing.cancel()
             await asyncio.gather(renewing, return_exceptions=True)
 
     async def _renew_for_ever(self) -> None:
+        check = min(RENEW_CHECK_SECONDS, max(self._margin / 10, 1.0))
         while True:
-            if self.expires_at is None:
-                await asyncio.sleep(RENEW_RETRY_SECONDS)
-                continue
-            spread = self._margin * RENEW_JITTER * self._rng.random()
-            delay = self.expires_at - self._margin - spread - time.time()
-            if delay > 0:
-                # Wall clock: a suspended host must not sleep through the end of its lease.
-                await asyncio.sleep(min(delay, RENEW_RETRY_SECONDS))
-                continue
-            if not await self._renew():
-                await asyncio.sleep(RENEW_RETRY_SECONDS)
+            delay = check
+            if self._state is LeaseState.HELD and self._expires_at is not None:
+                delay = seconds_to_renewal(
+                    self._expires_at, time.time(), self._margin, self._chance
+                )
+            if delay <= 0:
+                async with self._lock:
+                    delay = 0 if await self._renew() else check
+            await asyncio.sleep(min(delay, check))
 
     async def _renew(self) -> bool:
         """Put the same value under a new etcd lease; whether that is done."""
         lease = self._lease
-        assert lease is not None
+        if lease is None or self._state is not LeaseState.HELD:
+            return False
         try:
-            if await self._write(lease.subnet, lease.mod_revision, reservation=False) is None:
-                log.warning("lease %s was changed by somebody else: not renewed", lease.subnet)
-                return False
+            renewed = await self._writer.write(lease.subnet, lease, reservation=False)
         except EtcdUnavailable as error:
             log.error("cannot renew lease %s: %s", lease.subnet, error)
             return False
-        assert self.expires_at is not None
-        when = time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(self.expires_at))
+        if renewed is None:
+            log.warning("lease %s was changed by somebody else: not renewed", lease.subnet)
+            return False
+        self._hold(renewed)
+        assert self._expires_at is not None
+        self._renewals += 1
+        when = time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(self._expires_at))
         log.info("Lease renewed, new expiration: %s", when)
         return True
 
-    async def _watch_for_ever(self, on_change: Callable[[Lease], Awaitable[None]]) -> None:
-        """Follow our own key, exactly; any error ends in reading it anew."""
-        failing = False
-        while True:
-            assert self._lease is not None
-            key = lease_key(self._prefix, self._lease.subnet)
-            try:
-                reading = await self._etcd.get(key)
-                if failing:
-                    log.info("watching our own lease again")
-                failing = False
-                if reading.kv is None:
-                    await self._recover(on_change)
-                    continue
-                self._look_at(reading.kv)
-                async for batch in self._etcd.watch(
-                    key, prefix=False, from_revision=reading.revision + 1
-                ):
-                    for event in batch.events:
-                        if not isinstance(event, Deleted):
-                            self._look_at(event.kv)
-                    if batch.events and isinstance(batch.events[-1], Deleted):
-                        await self._recover(on_change)
-                        break
-            except Compacted:
-                continue
-            except EtcdUnavailable as error:
-                if not failing:
-                    log.warning("cannot watch our own lease: %s; trying again", error)
-                failing = True
-                await asyncio.sleep(RETRY_SECONDS * (0.5 + self._rng.random()))
-
-    def _look_at(self, kv: KeyValue) -> None:
-        """Tell our own writes to our key from foreign ones."""
-        lease = self._lease
-        assert lease is not None
-        if kv.mod_revision <= lease.mod_revision or (
-            kv.lease == lease.etcd_lease and kv.value == self._value
-        ):
+    async def _follow(self, on_change: Callable[[Lease], Awaitable[None]]) -> None:
+        """Read our own key and watch it, exactly it, until the watch ends or our subnet changes."""
+        assert self._lease is not None
+        subnet = self._lease.subnet
+        key = lease_key(self._prefix, subnet)
+        async with self._lock:
+            reading = await self._etcd.get(key)
+            self._written = 0
+            await self._settle(reading.kv, on_change)
+        if self._lease.subnet != subnet:
             return
-        self._foreign_puts += 1
-        key = kv.key.decode("utf-8", "replace")
-        if kv.value == self._value and self._foreign_puts == 1:
-            log.warning("somebody else wrote our own value to %s", key)
-            self._lease = Lease(
-                lease.subnet, lease.attributes, kv.create_revision, kv.mod_revision, kv.lease
+        watch = self._etcd.watch(key, prefix=False, from_revision=reading.revision + 1)
+        async with contextlib.aclosing(watch) as batches:
+            async for batch in batches:
+                for event in batch.events:
+                    kv = event.kv if isinstance(event, Put) else None
+                    revision = (
+                        event.kv.mod_revision if isinstance(event, Put) else (event.mod_revision)
+                    )
+                    async with self._lock:
+                        # What our last write replaced is no news.
+                        if revision > self._written:
+                            await self._settle(kv, on_change)
+                    if self._lease.subnet != subnet:
+                        return
+
+    async def _settle(
+        self, kv: KeyValue | None, on_change: Callable[[Lease], Awaitable[None]]
+    ) -> None:
+        """Do what our key asks for, until there is nothing left to do."""
+        while True:
+            lease = self._lease
+            assert lease is not None
+            sighting = judge(
+                lease, self._writer.value, self._writer.granted, kv, self._foreign_puts
             )
+            if kv is not None and sighting in _BY_OTHERS and kv.mod_revision != self._last_foreign:
+                self._last_foreign = kv.mod_revision
+                self._foreign_puts += 1
+            before = self._state
+            self._state, action = TRANSITIONS[before, sighting]
+            if action is Action.NOTHING:
+                return
+            if action is Action.REPORT:
+                assert kv is not None
+                if before is not LeaseState.CONTESTED:
+                    self._readiness.set(CONFLICT, self._conflict(kv))
+                return
+            if action is Action.ACQUIRE:
+                await self._move(lease, on_change)
+                return
+            if action is Action.ADOPT:
+                assert kv is not None
+                await self._adopt(lease, kv, sighting)
+                return
+            if action is Action.CREATE and before is not LeaseState.LOST:
+                self._losses += 1
+                log.warning("our lease %s is gone from etcd: creating it again", lease.subnet)
+            reservation = self._state is LeaseState.RESERVED
+            ours = await self._writer.write(lease.subnet, kv, reservation=reservation)
+            if ours is not None:
+                self._hold(ours)
+                log.info("Allocated lease (%s) to current node", lease.subnet.ipv4)
+                self._quiet()
+                return
+            reading = await self._etcd.get(lease_key(self._prefix, lease.subnet))
+            self._written, kv = reading.revision, reading.kv
+
+    async def _adopt(self, lease: Lease, kv: KeyValue, sighting: Sighting) -> None:
+        """Take what the key says about itself for our own."""
+        if kv.lease != lease.etcd_lease:
+            ttl = await self._etcd.time_to_live(kv.lease) if kv.lease else 0
+            self._expires_at = time.time() + ttl if kv.lease else None
+        if sighting is Sighting.RESERVED:
+            log.warning("lease %s was put without an etcd lease: now a reservation", lease.subnet)
+        elif sighting is Sighting.COPIED:
+            log.warning("somebody else put our own value to lease %s", lease.subnet)
+        self._lease = replace(
+            lease,
+            create_revision=kv.create_revision,
+            mod_revision=kv.mod_revision,
+            etcd_lease=kv.lease,
+        )
+        self._quiet()
+
+    async def _move(self, lost: Lease, on_change: Callable[[Lease], Awaitable[None]]) -> None:
+        """Our subnet is another host's: get another."""
+        lease = await self.acquire()
+        self._quiet()
+        if lease.subnet == lost.subnet:
             return
         self._readiness.set(
-            CONFLICT,
-            f"somebody else wrote to our lease {key}: "
-            f"{kv.value[:200].decode('utf-8', 'replace')}; another host uses our public IP "
-            f"{self._identity.public_ip}, give each its own --public-ip and restart",
-        )
-
-    async def _recover(self, on_change: Callable[[Lease], Awaitable[None]]) -> None:
-        """Our key is gone: take the same subnet if it is free, else another."""
-        lost = self._lease
-        assert lost is not None
-        log.warning("our lease %s is gone from etcd: creating it again", lost.subnet)
-        again = await self._write(lost.subnet, 0, reservation=False)
-        if again is not None:
-            log.info("Allocated lease (%s) to current node", lost.subnet.ipv4)
-            self._foreign_puts = 0
-            self._readiness.clear(CONFLICT)
-            return
-        current = await self._etcd.get(lease_key(self._prefix, lost.subnet))
-        if current.kv is not None and self._own_lease(current.kv) is not None:
-            self._look_at(current.kv)
-            return
-        lease = await self.acquire()
-        self._foreign_puts = 0
-        self._readiness.clear(CONFLICT)
-        log.error(
-            "our subnet changed from %s to %s: containers that have addresses of the old one are "
-            "cut off until they are restarted",
-            lost.subnet.ipv4,
-            lease.subnet.ipv4,
+            SUBNET_CHANGED,
+            f"our subnet was {lost.subnet.ipv4}, which another host has now, and is "
+            f"{lease.subnet.ipv4}: containers that have addresses of {lost.subnet.ipv4} keep them "
+            "and are cut off; restart them, and then pyflannel-udp",
         )
         await on_change(lease)
+
+    def _quiet(self) -> None:
+        self._readiness.clear(CONFLICT)
+        self._readiness.clear(NO_LEASE)
+
+    def _conflict(self, kv: KeyValue) -> str:
+        key, value = kv.key.decode("utf-8", "replace"), kv.value[:200].decode("utf-8", "replace")
+        address = self._identity.public_ip
+        remedy = "stop who wrote it, then restart"
+        with contextlib.suppress(BadLease):
+            if parse_lease_attributes_untrusted(kv.value).public_ip == address:
+                remedy = (
+                    f"another host uses our public IP {address}, give each its own --public-ip "
+                    "and restart"
+                )
+        return f"somebody else wrote to our lease {key}: {value}; {remedy}"

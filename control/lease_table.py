@@ -22,6 +22,9 @@ from pyflannel.dataplane.route import Delete, IPNetwork, MacAddress, Replace, Ro
 
 log = logging.getLogger(__name__)
 
+UNCONFIRMED_SECONDS = 86400.0
+"""How long a peer stays in use that a wiped or rolled-back store does not name."""
+
 
 class LeaseTable:
     """The leases of all other nodes and the routes that follow from them."""
@@ -35,6 +38,7 @@ class LeaseTable:
         self._previous_mac: dict[bytes, MacAddress] = {}
         self._bad: dict[bytes, str] = {}
         self._quarantined: dict[bytes, str] = {}
+        self._unconfirmed: dict[bytes, float] = {}
         self._routes: dict[IPNetwork, Route] = {}
         self._claims = _Claims()
 
@@ -46,6 +50,7 @@ class LeaseTable:
     def put(self, kv: KeyValue) -> tuple[RouteChange, ...]:
         """Take in a put event."""
         known = kv.key in self._leases
+        self._unconfirmed.pop(kv.key, None)
         if not self._store(kv):
             return ()
         lease = self._leases[kv.key]
@@ -63,10 +68,10 @@ class LeaseTable:
     def delete(self, key: bytes) -> tuple[RouteChange, ...]:
         """Take in a delete event; an unknown key is fine."""
         self._bad.pop(key, None)
-        lease = self._leases.pop(key, None)
+        lease = self._leases.get(key)
         if lease is None:
             return ()
-        self._previous_mac.pop(key, None)
+        self._forget(key)
         if self._quarantined or self._is_own(lease):
             return self._settle()
         self._claims.release(lease.subnet.ipv4)
@@ -74,24 +79,35 @@ class LeaseTable:
         return (Delete(gone.subnet),) if gone is not None else ()
 
     def reset(
-        self, kvs: Iterable[KeyValue], *, same_history: bool = True
+        self, kvs: Iterable[KeyValue], *, same_history: bool = True, now: float = 0.0
     ) -> tuple[RouteChange, ...]:
-        """Take in a snapshot.
+        """Take in a snapshot; `now` in seconds of the clock that `expire` is given.
 
         Leases that are missing from it go, unless the store is not the one we knew
-        (`same_history` false: wiped or rolled back); then only a delete event removes them.
+        (`same_history` false: wiped or rolled back): then they stay, unconfirmed, until they are
+        put again, a lease overlaps them, or `UNCONFIRMED_SECONDS` have passed (decision 17).
         """
         present = set()
         for kv in kvs:
             present.add(kv.key)
+            self._unconfirmed.pop(kv.key, None)
             self._store(kv)
-        if same_history:
-            for key in self._leases.keys() - present:
-                del self._leases[key]
-                self._previous_mac.pop(key, None)
-            for key in self._bad.keys() - present:
-                del self._bad[key]
+        for key in self._bad.keys() - present:
+            del self._bad[key]
+        for key in self._leases.keys() - present - self._unconfirmed.keys():
+            if same_history or self._is_own(self._leases[key]):
+                self._forget(key)
+            else:
+                self._unconfirmed[key] = now + UNCONFIRMED_SECONDS
         return self._settle()
+
+    def expire(self, now: float) -> tuple[RouteChange, ...]:
+        """Let go of peers that stayed unconfirmed for too long."""
+        due = [key for key, end in self._unconfirmed.items() if end <= now]
+        for key in due:
+            log.warning("lease %s was not confirmed in a day: removed", _text(key))
+            self._forget(key)
+        return self._settle() if due else ()
 
     def routes(self) -> tuple[Route, ...]:
         """Return the routes to all peers in use."""
@@ -108,6 +124,15 @@ class LeaseTable:
     def bad(self) -> Mapping[str, str]:
         """Return the reason by key for what is no lease."""
         return {_text(key): why for key, why in self._bad.items()}
+
+    def unconfirmed(self) -> Mapping[str, float]:
+        """Return the time by key until which peers are kept that etcd lost."""
+        return {_text(key): end for key, end in self._unconfirmed.items()}
+
+    def _forget(self, key: bytes) -> None:
+        del self._leases[key]
+        self._previous_mac.pop(key, None)
+        self._unconfirmed.pop(key, None)
 
     def _store(self, kv: KeyValue) -> bool:
         """Parse one entry; return whether it changes what is stored."""
@@ -137,12 +162,18 @@ class LeaseTable:
         wanted: dict[IPNetwork, Route] = {}
         quarantined: dict[bytes, str] = {}
         self._claims = _Claims()
+        # Revisions of a lost history say nothing about age: what etcd names now comes first.
         for key, lease in sorted(
-            self._leases.items(), key=lambda item: (item[1].create_revision, item[0])
+            self._leases.items(),
+            key=lambda item: (item[0] in self._unconfirmed, item[1].create_revision, item[0]),
         ):
             if self._is_own(lease):
                 continue
             why = self._why_unusable(lease) or self._claims.claim(lease.subnet.ipv4, key)
+            if why and key in self._unconfirmed:
+                log.warning("lease %s is not confirmed and %s: removed", _text(key), why)
+                self._forget(key)
+                continue
             if why:
                 quarantined[key] = why
                 continue

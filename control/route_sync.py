@@ -1,27 +1,34 @@
 """Carries etcd's view of all leases through the table to the data plane, and keeps it current.
 
-A snapshot, then a watch from the revision behind it. Whatever ends the watch, forwarding goes on
-with the table as it is. Source: spec section 6.
+A snapshot, then a watch from the revision behind it, and a small read every few seconds that shows
+that the watch is not merely silent. Whatever ends the watch, forwarding goes on with the table as
+it is, and the next snapshot repairs it. Source: spec section 6, decisions 17, 18.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
-from pyflannel.control.etcd import Compacted, Etcd, EtcdUnavailable, Put, Snapshot
-from pyflannel.control.lease import subnets_prefix
+from pyflannel.control.etcd import Compacted, Etcd, Put
+from pyflannel.control.etcd_fault import EtcdRejected, EtcdUnavailable
+from pyflannel.control.history import History
+from pyflannel.control.lease import config_key, subnets_prefix
 from pyflannel.control.lease_table import LeaseTable
 from pyflannel.dataplane.route import RouteChange
 
 log = logging.getLogger(__name__)
 
+PROBE_SECONDS = 5.0
 BACK_OFF_SECONDS = 0.1
-BACK_OFF_MAX_SECONDS = 5.0
-REMIND_EVERY = 20
+BACK_OFF_MAX_SECONDS = 2.0
+REMIND_EVERY = 100
 
 
 class RouteSink(Protocol):
@@ -31,27 +38,61 @@ class RouteSink(Protocol):
         """Program the changes in order."""
 
 
+@dataclass(frozen=True, slots=True)
+class LeaseView:
+    """A reading of how current the table is; ages are in seconds, None before the first.
+
+    `age_seconds` counts from the moment at which etcd was last known to say what the table says,
+    `change_seconds` from the last event. `snapshots` counts lists, `unconfirmed` peers that are
+    kept though a wiped or rolled-back store does not name them.
+    """
+
+    is_following: bool
+    revision: int
+    age_seconds: float | None
+    change_seconds: float | None
+    snapshots: int
+    unconfirmed: int
+
+
 class RouteSync:
     """Keeps the table and its routes in step with etcd."""
 
     def __init__(self, etcd: Etcd, prefix: str, table: LeaseTable, sink: RouteSink) -> None:
         self._etcd = etcd
-        self._prefix = subnets_prefix(prefix)
+        # Keys are `<prefix>/subnets/…`; the slash keeps out others that begin alike.
+        self._prefix = subnets_prefix(prefix) + "/"
+        self._probed_key = config_key(prefix)
         self._table = table
         self._sink = sink
-        self._revision = 0
-        self._cluster_id = 0
+        self._history = History()
+        self._is_following = False
+        self._confirmed_at: float | None = None
+        self._changed_at: float | None = None
+        self._snapshots = 0
         self._failures = 0
+
+    @property
+    def view(self) -> LeaseView:
+        """How current the table is."""
+        now = time.monotonic()
+        confirmed, changed = self._confirmed_at, self._changed_at
+        return LeaseView(
+            is_following=self._is_following,
+            revision=self._history.revision,
+            age_seconds=None if confirmed is None else now - confirmed,
+            change_seconds=None if changed is None else now - changed,
+            snapshots=self._snapshots,
+            unconfirmed=len(self._table.unconfirmed()),
+        )
 
     async def first_snapshot(self) -> None:
         """Program every lease that etcd knows now; waits for etcd as long as it takes."""
         while True:
             try:
-                await self._take_snapshot()
+                return await self._take_snapshot()
             except EtcdUnavailable as error:
                 await self._back_off(error)
-            else:
-                return
 
     async def run(self) -> None:
         """Follow etcd for ever."""
@@ -60,53 +101,82 @@ class RouteSync:
                 await self._follow()
             except Compacted as reason:
                 log.info("listing all leases anew: %s", reason)
-                await self.first_snapshot()
             except EtcdUnavailable as error:
                 await self._back_off(error)
-                # The watch alone would not show that the store went back while it was away.
-                await self.first_snapshot()
+            # After each break, as a watch would not show that the store went back meanwhile.
+            await self.first_snapshot()
 
     async def _follow(self) -> None:
-        # Keys are `<prefix>/subnets/…`; the slash keeps out others that begin alike.
-        watch = self._etcd.watch(self._prefix + "/", prefix=True, from_revision=self._revision + 1)
-        async for batch in watch:
-            if self._failures:
-                log.info("etcd answers again; following leases from revision %d", self._revision)
+        """Watch until the watch breaks or a probe shows that the store went back."""
+        tasks = [asyncio.ensure_future(x) for x in (self._watch(), self._probe())]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            self._is_following = False
+            for task in tasks:
+                task.cancel()
+            outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+        for outcome in outcomes:
+            if isinstance(outcome, Exception):
+                raise outcome
+
+    async def _watch(self) -> None:
+        watch = self._etcd.watch(
+            self._prefix, prefix=True, from_revision=self._history.revision + 1
+        )
+        async with contextlib.aclosing(watch) as batches:
+            async for batch in batches:
                 self._failures = 0
-            changes: list[RouteChange] = []
-            for event in batch.events:
-                if isinstance(event, Put):
-                    changes += self._table.put(event.kv)
-                else:
-                    changes += self._table.delete(event.key)
+                self._is_following = True
+                self._confirmed_at = time.monotonic()
+                changes: list[RouteChange] = []
+                for event in batch.events:
+                    self._changed_at = self._confirmed_at
+                    if isinstance(event, Put):
+                        self._history.put(event.kv)
+                        changes += self._table.put(event.kv)
+                    else:
+                        self._history.deleted(event.key)
+                        changes += self._table.delete(event.key)
+                self._history.advance(batch.revision)
+                if changes:
+                    await self._sink.apply(changes)
+
+    async def _probe(self) -> None:
+        """Ask for one key now and then; returns when the answer is of an older store."""
+        while True:
+            await asyncio.sleep(PROBE_SECONDS)
+            asked_at, known = time.monotonic(), self._history.revision
+            reading = await self._etcd.get(self._probed_key)
+            if reading.revision < known:
+                return
+            if self._is_following:
+                self._confirmed_at = max(asked_at, self._confirmed_at or 0.0)
+            changes = self._table.expire(asked_at)
             if changes:
                 await self._sink.apply(changes)
-            self._revision = max(self._revision, batch.revision)
 
     async def _take_snapshot(self) -> None:
-        snapshot = await self._etcd.snapshot(self._prefix + "/")
-        changes = self._table.reset(snapshot.kvs, same_history=self._is_same_history(snapshot))
-        self._revision, self._cluster_id = snapshot.revision, snapshot.cluster_id
+        asked_at = time.monotonic()
+        snapshot = await self._etcd.snapshot(self._prefix)
+        why = self._history.reset(snapshot.cluster_id, snapshot.revision, snapshot.kvs)
+        changes = self._table.reset(snapshot.kvs, same_history=not why, now=asked_at)
+        self._snapshots += 1
+        self._confirmed_at = asked_at
+        if why:
+            log.error(
+                "etcd was wiped or rolled back, %s: %d peers that it does not name stay in use "
+                "until they come back, are overlapped, or a day is over",
+                why,
+                len(self._table.unconfirmed()),
+            )
         if changes:
             await self._sink.apply(changes)
 
-    def _is_same_history(self, snapshot: Snapshot) -> bool:
-        """Whether the snapshot continues the store we knew; a wiped or restored one does not."""
-        if self._cluster_id == 0:
-            return True
-        same = snapshot.cluster_id == self._cluster_id and snapshot.revision >= self._revision
-        if not same:
-            log.error(
-                "etcd was wiped or went back from revision %d to %d: peers that are missing in it "
-                "stay in use until their leases are deleted",
-                self._revision,
-                snapshot.revision,
-            )
-        return same
-
     async def _back_off(self, error: EtcdUnavailable) -> None:
-        if self._failures % REMIND_EVERY == 0:
-            log.warning("leases cannot be followed, forwarding goes on as it is: %s", error)
+        """Wait longer from time to time; an etcd that is away is waited for in the client."""
+        if isinstance(error, EtcdRejected) and self._failures % REMIND_EVERY == 0:
+            log.error("leases cannot be followed, forwarding goes on as it is: %s", error)
         delay = min(BACK_OFF_SECONDS * 2 ** min(self._failures, 10), BACK_OFF_MAX_SECONDS)
         self._failures += 1
         await asyncio.sleep(delay * (0.5 + random.random() / 2))

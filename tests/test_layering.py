@@ -10,9 +10,13 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PLANES = ("control", "dataplane")
 PURE = (
+    "etcd_fault",
+    "etcd_session",
+    "history",
     "lease",
     "lease_table",
     "network_config",
+    "own_lease",
     "subnet_pool",
     "subnet_file",
     "vtep_identity",

@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from pyflannel import metrics
-from pyflannel.control.etcd import Etcd, EtcdTls, EtcdUnavailable
+from pyflannel.control.etcd import Etcd
+from pyflannel.control.etcd_fault import EtcdRejected, EtcdUnavailable
+from pyflannel.control.etcd_tls import EtcdTls
 from pyflannel.control.lease import (
     BadLease,
     Lease,
@@ -29,8 +31,9 @@ from pyflannel.control.lease import (
     parse_lease_untrusted,
     subnets_prefix,
 )
-from pyflannel.control.lease_keeper import LeaseKeeper, OwnIdentity
+from pyflannel.control.lease_keeper import LeaseKeeper
 from pyflannel.control.lease_table import LeaseTable
+from pyflannel.control.lease_writer import OwnIdentity
 from pyflannel.control.network_config import NetworkConfig, parse_network_config_untrusted
 from pyflannel.control.route_sync import RouteSync
 from pyflannel.control.subnet_file import (
@@ -69,8 +72,10 @@ async def _until_etcd_answers(what: str, attempt: Callable[[], Awaitable[T | Non
             found = await attempt()
             if found is not None:
                 return found
-        except EtcdUnavailable as error:
+        except EtcdRejected as error:
             why = f"cannot be read: {error}"
+        except EtcdUnavailable:
+            continue  # the session tells, and makes the next attempt wait
         if failures % REMIND_EVERY == 0:
             log.warning("%s %s; trying again every %.0f s", what, why, RETRY_SECONDS)
         failures += 1
@@ -141,6 +146,8 @@ class Daemon:
             random.SystemRandom(),
             self._readiness,
         )
+        if options.release_lease_on_exit:
+            stack.push_async_callback(keeper.release)
         lease = await keeper.acquire()
         network = config.network
         table = LeaseTable(underlying.public_ip, network, config.backend.port)
@@ -219,7 +226,7 @@ class Daemon:
         machine_id = MACHINE_ID.read_text().strip() if MACHINE_ID.exists() else ""
 
         async def read() -> Sequence[Lease]:
-            snapshot = await etcd.snapshot(subnets_prefix(self._options.etcd_prefix))
+            snapshot = await etcd.snapshot(subnets_prefix(self._options.etcd_prefix) + "/")
             leases = []
             for kv in snapshot.kvs:
                 with contextlib.suppress(BadLease):

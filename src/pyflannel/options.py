@@ -147,6 +147,7 @@ FLAGS: tuple[Flag, ...] = (
         "minutes before its end at which the lease is renewed, 1..1439",
         _NODE,
     ),
+    Flag("release-lease-on-exit", _boolean, "false", "give the lease back at exit", _NODE),
     Flag("state-dir", Path, "/var/lib/pyflannel-udp", "where the VTEP MAC is kept", _NODE),
     Flag("replace-kernel-device", _boolean, "false", "delete a kernel device flannel.<VNI>", _NODE),
     Flag(
@@ -247,6 +248,7 @@ class Options:
     public_ipv6: IPv6Address | None
     subnet_file: Path
     subnet_lease_renew_margin: int
+    release_lease_on_exit: bool
     state_dir: Path
     replace_kernel_device: bool
     anti_spoofing: str

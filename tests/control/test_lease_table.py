@@ -72,11 +72,39 @@ def test_a_snapshot_is_compared_by_value(table: LeaseTable) -> None:
     assert table.reset(same) == ()
 
 
-def test_another_history_removes_nobody(table: LeaseTable) -> None:
+def test_another_history_removes_nobody_for_a_day(table: LeaseTable) -> None:
     table.reset([kv("10.5.2.0-24", value())])
-    assert table.reset([], same_history=False) == ()
-    assert len(table.routes()) == 1
-    assert table.reset([]) == (Delete(IPv4Network("10.5.2.0/24")),)
+    assert table.reset([], same_history=False, now=100) == ()
+    assert table.reset([]) == ()
+    assert table.unconfirmed() == {(SUBNETS + b"10.5.2.0-24").decode(): 100 + 86400}
+    assert table.reset([], same_history=False, now=5000) == ()
+    assert table.expire(86499) == ()
+    assert table.expire(86500) == (Delete(IPv4Network("10.5.2.0/24")),)
+    assert table.unconfirmed() == {}
+
+
+def test_an_unconfirmed_peer_is_confirmed_by_a_put_or_a_snapshot(table: LeaseTable) -> None:
+    peers = [kv("10.5.2.0-24", value(), 50), kv("10.5.3.0-24", value("192.0.2.3", 3), 60)]
+    table.reset(peers)
+    table.reset([], same_history=False)
+    assert table.put(kv("10.5.2.0-24", value(), 5)) == ()
+    assert table.reset([kv("10.5.2.0-24", value(), 5), kv("10.5.3.0-24", peers[1].value, 6)]) == ()
+    assert table.unconfirmed() == {}
+    assert table.expire(1e9) == ()
+    assert table.delete(SUBNETS + b"10.5.2.0-24") == (Delete(IPv4Network("10.5.2.0/24")),)
+    assert table.reset([]) == (Delete(IPv4Network("10.5.3.0/24")),)
+
+
+def test_an_unconfirmed_peer_gives_way_to_a_lease_that_overlaps_it(table: LeaseTable) -> None:
+    table.reset([kv("10.5.2.0-24", value(), 5)])
+    table.reset([], same_history=False)
+    changes = table.put(kv("10.5.2.0-25", value("192.0.2.8", 8), 70))
+    assert set(changes) == {
+        Delete(IPv4Network("10.5.2.0/24")),
+        Replace(route("10.5.2.0/25", "192.0.2.8", 8)),
+    }
+    assert table.unconfirmed() == {}
+    assert table.quarantined() == {}
 
 
 def test_the_own_lease_is_excluded_twice_over(table: LeaseTable) -> None:

@@ -1,0 +1,293 @@
+"""Connections to etcd: endpoints in turn, TLS, the token, deadlines, and what an error means.
+
+It knows no request of etcd's API but Authenticate. There is one connection at a time, shared by
+all; who finds it bad leaves it, and everybody moves to the next endpoint. A left channel is closed
+by its last user, because closing it cancels what still runs on it. Certificates are read anew for
+each connection.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from typing import Any
+
+import grpc
+
+from pyflannel.control.etcd3_stubs import call, message
+from pyflannel.control.etcd_fault import EtcdRejected, EtcdUnavailable, Fault, diagnose
+from pyflannel.control.etcd_session import Session
+from pyflannel.control.etcd_tls import EtcdTls
+
+log = logging.getLogger(__name__)
+
+CONNECT_SECONDS = 2.0
+REQUEST_SECONDS = 3.0
+PATIENCE_MAX_SECONDS = 10.0
+"""An etcd that is slow, though connected, gets more time with each request that ran out of it."""
+
+_CHANNEL_OPTIONS = [
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 3_000),
+    # Without it grpc waits 60 s for the answer to a ping, whatever keepalive_timeout says.
+    ("grpc.http2.ping_timeout_ms", 3_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.min_reconnect_backoff_ms", 1_000),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+    ("grpc.max_receive_message_length", -1),
+    # Else channels share a connection, and a new one would be as broken as the one left.
+    ("grpc.use_local_subchannel_pool", 1),
+]
+
+
+class _NotConnected(Exception):
+    """An endpoint cannot be used; `str()` says why."""
+
+    def __init__(self, fault: Fault, why: str) -> None:
+        super().__init__(why)
+        self.fault = fault
+
+
+class Connection:
+    """One channel to one endpoint; `left` is done, with the reason, when it shall not be used."""
+
+    def __init__(self, endpoint: str) -> None:
+        self.endpoint = endpoint
+        self.channel: Any = None
+        self.token: str | None = None
+        self.left: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.lock = asyncio.Lock()
+        self._users = 0
+        self._closing: asyncio.Future[None] | None = None
+
+    @property
+    def metadata(self) -> list[tuple[str, str]]:
+        """What goes with each request."""
+        return [("token", self.token)] if self.token else []
+
+    @contextlib.contextmanager
+    def use(self) -> Iterator[None]:
+        """Keep the channel open meanwhile."""
+        self._users += 1
+        try:
+            yield
+        finally:
+            self._users -= 1
+            self._close_unused()
+
+    async def connect(self) -> None:
+        """Wait until the channel is up, or has failed: then a request will tell why."""
+        states = grpc.ChannelConnectivity
+        deadline = time.monotonic() + CONNECT_SECONDS
+        state = self.channel.get_state(try_to_connect=True)
+        while state in (states.IDLE, states.CONNECTING):
+            change = self.channel.wait_for_state_change(state)
+            try:
+                await asyncio.wait_for(change, deadline - time.monotonic())
+            except asyncio.TimeoutError:
+                raise _NotConnected(Fault.ENDPOINT, "cannot connect in time") from None
+            state = self.channel.get_state(try_to_connect=True)
+
+    def leave(self, why: str) -> None:
+        """Let nobody use it any more; streams on it end."""
+        if not self.left.done():
+            self.left.set_result(why)
+        self._close_unused()
+
+    def _close_unused(self) -> None:
+        unused = self.left.done() and not self._users
+        if unused and self.channel is not None and self._closing is None:
+            self._closing = asyncio.ensure_future(self.channel.close())
+
+    async def closed(self) -> None:
+        """Wait until the channel is closed, if it is being closed."""
+        if self._closing is not None:
+            await self._closing
+
+
+class Stream:
+    """A call that sends and receives messages until it breaks or its connection is left."""
+
+    def __init__(self, connection: Connection, rpc: Any) -> None:
+        self._connection = connection
+        self._rpc = rpc
+
+    async def write(self, request: Any) -> None:
+        """Send one message."""
+        await self._rpc.write(request)
+
+    async def read(self) -> Any:
+        """Return the next message; EtcdUnavailable or AioRpcError at the end."""
+        left = self._connection.left
+        reading = asyncio.ensure_future(self._rpc.read())
+        try:
+            await asyncio.wait((reading, left), return_when=asyncio.FIRST_COMPLETED)
+            if not reading.done():
+                raise EtcdUnavailable(left.result())
+            answer = reading.result()
+        finally:
+            reading.cancel()
+        if answer is grpc.aio.EOF:
+            raise EtcdUnavailable(f"{self._connection.endpoint}: the stream ended")
+        return answer
+
+    def forget_token(self) -> None:
+        """Have a fresh token made for the next request."""
+        self._connection.token = None
+
+
+class Connections:
+    """Keeps one connection to one of the endpoints."""
+
+    def __init__(
+        self,
+        endpoints: Sequence[str],
+        tls: EtcdTls,
+        username: str,
+        password: str,
+        session: Session,
+    ) -> None:
+        self._endpoints = tuple(endpoints)
+        self._tls = tls
+        self._username = username
+        self._password = password
+        self._session = session
+        self._current = 0
+        self._connection: Connection | None = None
+        self._lock = asyncio.Lock()
+        self._patience = REQUEST_SECONDS
+
+    @property
+    def endpoint(self) -> str:
+        """The endpoint in use, or to be tried next."""
+        return self._endpoints[self._current % len(self._endpoints)]
+
+    async def close(self) -> None:
+        """Close the connection."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.leave("closed")
+            await connection.closed()
+
+    async def ask(self, service: str, method: str, request: Any) -> Any:
+        """Ask one endpoint after the other until one answers.
+
+        EtcdRejected when etcd says no to this request, EtcdUnavailable when nobody answered.
+        """
+        clause, is_refused, token_is_fresh = "", False, False
+        for _ in range(len(self._endpoints) + 1):
+            connection = await self._get()
+            started = time.monotonic()
+            try:
+                await self._make_usable(connection)
+                with connection.use():
+                    answer = await call(connection.channel, service, method)(
+                        request, timeout=self._patience, metadata=connection.metadata
+                    )
+            except grpc.aio.AioRpcError as error:
+                fault, clause = self._diagnose(connection, error)
+            except _NotConnected as error:
+                fault, clause = error.fault, f"{connection.endpoint}: {error}"
+            else:
+                if time.monotonic() - started < REQUEST_SECONDS / 2:
+                    self._patience = REQUEST_SECONDS
+                self._session.answered(answer.header.cluster_id, answer.header.revision)
+                return answer
+            if fault is Fault.REQUEST:
+                raise EtcdRejected(clause)
+            if fault is Fault.TOKEN and self._username and not token_is_fresh:
+                connection.token, token_is_fresh = None, True
+                continue
+            is_refused |= fault in (Fault.CREDENTIALS, Fault.TOKEN)
+            self.leave(connection, clause)
+        (self._session.refused if is_refused else self._session.failed)(clause)
+        raise EtcdUnavailable(clause)
+
+    @contextlib.asynccontextmanager
+    async def stream(self, service: str, method: str) -> AsyncIterator[Stream]:
+        """Open a stream for the time of the context; EtcdUnavailable when it breaks."""
+        connection = await self._get()
+        with connection.use():
+            rpc = None
+            try:
+                await self._make_usable(connection)
+                metadata = [*connection.metadata, ("hasleader", "true")]
+                rpc = call(connection.channel, service, method)(metadata=metadata)
+                yield Stream(connection, rpc)
+            except grpc.aio.AioRpcError as error:
+                fault, clause = self._diagnose(connection, error)
+                if fault is Fault.TOKEN:
+                    connection.token = None
+                else:
+                    self.leave(connection, clause)
+                raise EtcdUnavailable(clause) from error
+            except _NotConnected as error:
+                self.leave(connection, str(error))
+                raise EtcdUnavailable(f"{connection.endpoint}: {error}") from error
+            finally:
+                if rpc is not None:
+                    rpc.cancel()
+
+    def leave(self, connection: Connection, why: str) -> None:
+        """Give an endpoint up for the next; nothing if somebody did so already."""
+        if connection is not self._connection:
+            return
+        self._connection = None
+        self._current += 1
+        self._session.endpoint_failed(why, self.endpoint)
+        connection.leave(why)
+
+    async def _get(self) -> Connection:
+        """Return the connection in use, or a new one; waits while the session backs off."""
+        async with self._lock:
+            if self._connection is None:
+                await self._back_off()
+                self._connection = Connection(self.endpoint)
+            return self._connection
+
+    async def _make_usable(self, connection: Connection) -> None:
+        """Connect and get a token, where that is not done yet."""
+        async with connection.lock:
+            if connection.left.done():
+                raise _NotConnected(Fault.ENDPOINT, connection.left.result())
+            if connection.channel is None:
+                connection.channel = self._channel(connection.endpoint)
+            await connection.connect()
+            if self._username and connection.token is None:
+                request = message("AuthenticateRequest")(
+                    name=self._username, password=self._password
+                )
+                authenticate = call(connection.channel, "Auth", "Authenticate")
+                with connection.use():
+                    answer = await authenticate(request, timeout=self._patience)
+                connection.token = answer.token
+
+    def _channel(self, endpoint: str) -> Any:
+        scheme, _, target = endpoint.partition("://")
+        if scheme == "http":
+            return grpc.aio.insecure_channel(target, _CHANNEL_OPTIONS)
+        try:
+            credentials = self._tls.credentials()
+        except OSError as error:
+            raise _NotConnected(Fault.CREDENTIALS, f"{error.filename}: {error.strerror}") from error
+        return grpc.aio.secure_channel(target, credentials, _CHANNEL_OPTIONS)
+
+    def _diagnose(self, connection: Connection, error: grpc.aio.AioRpcError) -> tuple[Fault, str]:
+        if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+            self._patience = min(self._patience * 2, PATIENCE_MAX_SECONDS)
+        fault, clause = diagnose(error.code().name, error.details() or "")
+        return fault, f"{connection.endpoint}: {clause}"
+
+    async def _back_off(self) -> None:
+        """Wait until the session allows another attempt, or the certificates have changed."""
+        files = self._tls.signature()
+        while (delay := self._session.retry_at - time.monotonic()) > 0:
+            await asyncio.sleep(min(delay, 1.0))
+            if self._session.is_refused and self._tls.signature() != files:
+                log.info("a certificate file has changed: trying etcd again")
+                return

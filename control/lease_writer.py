@@ -1,0 +1,189 @@
+"""Acquires our lease and writes it, always by compare-and-swap.
+
+It knows what we write and which subnet to ask for, not what becomes of the lease afterwards.
+Source: spec section 5.2.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+import time
+from collections import deque
+from dataclasses import dataclass
+from ipaddress import IPv4Address
+
+from pyflannel.control.etcd import Etcd, Snapshot
+from pyflannel.control.etcd_fault import EtcdRejected, EtcdUnavailable
+from pyflannel.control.lease import (
+    BACKEND_TYPE,
+    LEASE_TTL_SECONDS,
+    BadLease,
+    KeyValue,
+    Lease,
+    LeaseAttributes,
+    LeaseSubnet,
+    Vtep,
+    lease_key,
+    parse_lease_attributes_untrusted,
+    parse_lease_untrusted,
+    parse_subnet_key_untrusted,
+    subnets_prefix,
+)
+from pyflannel.control.network_config import NetworkConfig
+from pyflannel.control.subnet_pool import choose_subnet, is_compatible
+from pyflannel.dataplane.route import MacAddress
+
+log = logging.getLogger(__name__)
+
+RETRY_SECONDS = 1.0
+RACE_SECONDS = 0.05
+REMIND_SECONDS = 60.0
+GRANTS_REMEMBERED = 16
+
+
+@dataclass(frozen=True, slots=True)
+class OwnIdentity:
+    """Who we are to the others, and the subnet that we had in our last run."""
+
+    public_ip: IPv4Address
+    vtep_mac: MacAddress
+    previous: LeaseSubnet | None = None
+
+
+class LeaseWriter:
+    """Writes the lease of one host."""
+
+    def __init__(
+        self,
+        etcd: Etcd,
+        prefix: str,
+        config: NetworkConfig,
+        identity: OwnIdentity,
+        rng: random.Random,
+    ) -> None:
+        self._etcd = etcd
+        self._prefix = prefix
+        self._config = config
+        self._identity = identity
+        self._rng = rng
+        vtep = Vtep(identity.vtep_mac, config.backend.vni)
+        self.value = LeaseAttributes(identity.public_ip, None, BACKEND_TYPE, vtep).to_json()
+        self.granted: deque[int] = deque(maxlen=GRANTS_REMEMBERED)
+        """The etcd leases made here, the latest last."""
+
+    async def acquire(self) -> Lease:
+        """Get a lease: our old one, the previous subnet, or a free one.
+
+        Waits for etcd as long as it takes, and tries again when another host was faster: then
+        there is one subnet less, so this ends. SubnetsExhausted when there is none.
+        """
+        told = 0.0
+        while True:
+            try:
+                lease = await self._attempt(
+                    await self._etcd.snapshot(subnets_prefix(self._prefix) + "/")
+                )
+                if lease is not None:
+                    return lease
+                await asyncio.sleep(RACE_SECONDS * self._rng.random())
+            except EtcdRejected as error:
+                if not told or time.monotonic() - told > REMIND_SECONDS:
+                    log.warning("cannot acquire a lease: %s; trying again", error)
+                    told = time.monotonic()
+                await asyncio.sleep(RETRY_SECONDS)
+            except EtcdUnavailable as error:
+                log.debug("cannot acquire a lease: %s", error)
+
+    async def _attempt(self, snapshot: Snapshot) -> Lease | None:
+        """Try once; None when somebody else was faster."""
+        taken = []
+        for kv in snapshot.kvs:
+            with contextlib.suppress(BadLease, UnicodeDecodeError):
+                taken.append(parse_subnet_key_untrusted(kv.key.decode()).ipv4)
+            lease = self._own_lease(kv)
+            if lease is None:
+                continue
+            if is_compatible(self._config, lease.subnet):
+                return await self._reuse(lease)
+            log.warning("our lease %s does not fit the network config: deleted", lease.subnet)
+            await self._etcd.delete_if(kv.key.decode(), kv.mod_revision)
+            return None
+        previous = self._identity.previous
+        if previous is not None and not any(previous.ipv4.overlaps(x) for x in taken):
+            if is_compatible(self._config, previous):
+                log.info("Found previously leased subnet (%s), reusing", previous.ipv4)
+                return await self._create(previous)
+            log.warning("previous subnet %s does not fit the network config", previous.ipv4)
+        log.info(
+            "Picking subnet in range %s ... %s", self._config.subnet_min, self._config.subnet_max
+        )
+        return await self._create(LeaseSubnet(choose_subnet(self._config, taken, self._rng)))
+
+    def _own_lease(self, kv: KeyValue) -> Lease | None:
+        try:
+            lease = parse_lease_untrusted(kv)
+        except BadLease:
+            return None
+        return lease if lease.attributes.public_ip == self._identity.public_ip else None
+
+    async def _reuse(self, lease: Lease) -> Lease | None:
+        vtep = lease.attributes.vtep
+        if vtep is not None and vtep.mac != self._identity.vtep_mac:
+            log.warning(
+                "lease %s of our public IP %s had VTEP MAC %s, not our %s: taken over; if another "
+                "host uses this address, give each its own --public-ip",
+                lease.subnet,
+                self._identity.public_ip,
+                vtep.mac,
+                self._identity.vtep_mac,
+            )
+        log.info(
+            "Found lease (%s) for current IP (%s), reusing",
+            lease.subnet.ipv4,
+            self._identity.public_ip,
+        )
+        return await self.write(lease.subnet, lease, reservation=lease.etcd_lease == 0)
+
+    async def _create(self, subnet: LeaseSubnet) -> Lease | None:
+        lease = await self.write(subnet, None, reservation=False)
+        if lease is None:
+            log.info("lost the race for %s, trying another", subnet.ipv4)
+        else:
+            log.info("Allocated lease (%s) to current node", subnet.ipv4)
+        return lease
+
+    async def write(
+        self, subnet: LeaseSubnet, over: Lease | KeyValue | None, *, reservation: bool
+    ) -> Lease | None:
+        """Put our value over what was read, or where nothing was; None if that changed since."""
+        expected, created = (over.mod_revision, over.create_revision) if over else (0, 0)
+        granted = 0 if reservation else await self._etcd.grant(LEASE_TTL_SECONDS)
+        if granted:
+            self.granted.append(granted)
+        # If this fails the grant is left to end by itself: the put may have been done all the same.
+        commit = await self._etcd.put_if(
+            lease_key(self._prefix, subnet), self.value, granted, expected
+        )
+        written = commit.revision
+        if not commit.succeeded:
+            current = commit.current
+            # An answer that got lost: the write that is there is the one we just made.
+            if current is None or current.lease != granted or current.value != self.value:
+                await self._revoke(granted)
+                return None
+            written, created = current.mod_revision, current.create_revision
+        return Lease(
+            subnet,
+            parse_lease_attributes_untrusted(self.value),
+            create_revision=created or written,
+            mod_revision=written,
+            etcd_lease=granted,
+        )
+
+    async def _revoke(self, granted: int) -> None:
+        if granted:
+            with contextlib.suppress(EtcdUnavailable):
+                await self._etcd.revoke(granted)
