@@ -6,17 +6,33 @@ import argparse
 import os
 import shlex
 import sys
-from contextlib import ExitStack
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 
-from bench.cases import CASES, QUICK, Case, Sample
+from bench import report
+from bench.cases import CASES, missing_congestion
+from bench.counters import read_counters
 from bench.machine import describe, wait_for_quiet
-from bench.summary import paired_ratio, spread
-from bench.variants import VARIANTS, Stack, build, compile_tools, parse_variant
+from bench.records import Record, Run
+from bench.suites import QUICK, SUITES, Suite
+from bench.transfer import transfer_is_intact
+from bench.variants import (
+    VARIANTS,
+    CannotBuildError,
+    Stack,
+    Variant,
+    build,
+    compile_tools,
+    parse_variant,
+)
 from tests.lab.hosts import UNDERLAYS
 
-BASELINE = "kernel"
 ATTEMPTS = 3
-Samples = dict[tuple[str, str], list[Sample]]
+TRANSFER_MEGABYTES = 32
+RESULTS = Path(__file__).parent / "results"
 
 
 def say(text: str) -> None:
@@ -29,6 +45,8 @@ def arguments() -> argparse.Namespace:
     # fmt: off
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a subset in under 3 minutes")
+    parser.add_argument("--suite", nargs="+", choices=[suite.name for suite in SUITES],
+                        help="some of the whole benchmark")
     parser.add_argument("--only", nargs="+", choices=CASES, metavar="CASE",
                         help=f"cases: {', '.join(CASES)}")
     parser.add_argument("--variant", nargs="+", action="extend",
@@ -36,96 +54,138 @@ def arguments() -> argparse.Namespace:
                         help=f"what to compare: {', '.join(VARIANTS)}, or a name of your own for "
                         "other flags or another checkout: 'w0=--workers=0' 'before@../old' "
                         "'short:null=--queue=64'")
-    parser.add_argument("--mode", default="wire-nocsum", choices=UNDERLAYS, help="underlay")
-    parser.add_argument("--rounds", type=int, help="rounds in turns (5)")
+    parser.add_argument("--mode", nargs="+", choices=UNDERLAYS, help="underlays (wire-nocsum)")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds in turns (5)")
     parser.add_argument("--seconds", type=float, help="length of a sample (4; quick 2)")
     parser.add_argument("--ours-flags", default="", help="flags for every pyflannel-udp")
+    parser.add_argument("--output", type=Path,
+                        help="folder for results.json, results.md and plots (bench/results; quick: "
+                        "none)")
     # fmt: on
     given = parser.parse_args()
-    names = given.variant or ["plain", "kernel", "ours"]
+    given.suites = chosen_suites(given)
     try:
-        common = tuple(shlex.split(given.ours_flags))
-        given.variants = [parse_variant(name, common) for name in names]
+        for suite in given.suites:
+            for text in suite.variants:
+                parse_variant(text)
     except ValueError as error:
         parser.error(str(error))
-    given.only = given.only or (QUICK if given.quick else tuple(CASES))
-    given.rounds = given.rounds or 5
     given.seconds = given.seconds or (2 if given.quick else 4)
+    given.output = given.output or (None if given.quick else RESULTS)
     return given
 
 
-def sample(case: Case, stack: Stack, seconds: float) -> Sample:
-    """Measure until nobody disturbed it, at most ATTEMPTS times."""
-    for _ in range(ATTEMPTS):
-        taken = case.measure(stack, seconds)
-        if not taken.cpu.disturbed:
-            break
-        say(f"    others used {taken.cpu.foreign / taken.cpu.elapsed:.0%} of a core: once more")
-        wait_for_quiet(say)
-    return taken
+def chosen_suites(given: argparse.Namespace) -> list[Suite]:
+    """Return what the command line asks for; variants alone are a suite of their own."""
+    suites = [suite for suite in SUITES if not given.suite or suite.name in given.suite]
+    if given.quick or (given.variant and not given.suite):
+        suites = [QUICK]
+    return [
+        replace(
+            suite,
+            variants=tuple(given.variant or suite.variants),
+            cases=tuple(given.only or suite.cases),
+            modes=tuple(given.mode or suite.modes),
+        )
+        for suite in suites
+    ]
 
 
-def describe_sample(taken: Sample) -> str:
-    """Return a sample's numbers on one line."""
-    values = [f"{number(value)} {metric.unit}" for metric, value in taken.values.items()]
-    notes = [f"{name} {count:.0f}" for name, count in taken.notes.items() if count]
-    return ", ".join(values + notes)
+class Bench:
+    """Runs suites and collects records."""
 
+    def __init__(self, given: argparse.Namespace) -> None:
+        self._given = given
+        self._common = tuple(shlex.split(given.ours_flags))
+        self.run = Run(describe(), given.rounds, given.seconds)
+        self._done = 0
+        self._total = sum(
+            len(suite.modes) * given.rounds * len(suite.cases) * len(suite.variants)
+            for suite in given.suites
+        )
+        self._began = time.monotonic()
 
-def measure(given: argparse.Namespace, stacks: list[Stack]) -> Samples:
-    """Take all samples in turns; the plain underlay once, since nothing is compared with it."""
-    samples: Samples = {}
-    for turn in range(given.rounds):
-        for name in given.only:
-            # Who begins changes, so that no variant always follows the same one.
-            first = turn % len(stacks)
-            for stack in stacks[first:] + stacks[:first]:
-                variant = stack.variant
-                if variant.kind == "plain" and samples.get((variant.name, name)):
-                    continue
-                taken = sample(CASES[name], stack, given.seconds)
-                samples.setdefault((variant.name, name), []).append(taken)
-                say(f"  {turn + 1}/{given.rounds} {name:<13}{variant.name:<14}"
-                    f"{describe_sample(taken)}")  # fmt: skip
-    return samples
+    def measure(self, suite: Suite, mode: str) -> None:
+        """Take all samples of a suite in one underlay."""
+        absent = {case for case in suite.cases if self._lacks(case)}
+        cases = [case for case in suite.cases if case not in absent]
+        turns = range(self._given.rounds)
+        # Rebuilding lets the luck of memory placement into the spread; --quick has no time for it.
+        for together in [turns] if self._given.quick else [[turn] for turn in turns]:
+            with self._stacks(suite, mode) as stacks:
+                for turn in together:
+                    for case in cases:
+                        self._turn(suite, mode, turn, case, stacks)
+            if self._given.output:
+                self.run.save(self._given.output / "results.json")
 
+    def _lacks(self, case: str) -> bool:
+        congestion = missing_congestion(case)
+        if congestion:
+            self._note_absent(f"{case}: this kernel has no congestion control {congestion}")
+        return congestion is not None
 
-def cell(values: list[float], baseline: list[float] | None) -> str:
-    """Return a variant's median with its ratio, or with its spread where there is none."""
-    seen = spread(values)
-    if baseline is None or not all(baseline + values):
-        return f"{number(seen.median)} ({number(seen.low)}..{number(seen.high)})"
-    ratio = paired_ratio(values, baseline)
-    interval = " [{:.2f}..{:.2f}]".format(*ratio.interval) if ratio.interval else ""
-    return f"{number(seen.median)}  x{ratio.median:.2f}{interval}"
+    def _note_absent(self, sentence: str) -> None:
+        if sentence not in self.run.absent:
+            self.run.absent.append(sentence)
+            say(f"not measured: {sentence}")
 
+    @contextmanager
+    def _stacks(self, suite: Suite, mode: str) -> Iterator[list[Stack]]:
+        stacks: list[Stack] = []
+        try:
+            for text in suite.variants:
+                stack = self._build(parse_variant(text, self._common), mode)
+                if stack:
+                    stacks.append(stack)
+            yield stacks
+        finally:
+            for stack in stacks:
+                stack.close()
 
-def number(value: float) -> str:
-    """Format with three or more digits, never with an exponent."""
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+    def _build(self, variant: Variant, mode: str) -> Stack | None:
+        try:
+            stack = build(variant, mode)
+        except CannotBuildError as error:
+            self._note_absent(str(error))
+            return None
+        if not transfer_is_intact(stack, TRANSFER_MEGABYTES):
+            stack.close()
+            raise SystemExit(f"{variant.name} in {mode} changed the bytes of a TCP transfer")
+        return stack
 
-
-def report(given: argparse.Namespace, samples: Samples) -> None:
-    """Print a table: medians with the median of the paired ratios to the baseline."""
-    names = [variant.name for variant in given.variants]
-    say(f"\nunderlay {given.mode}, {given.rounds} rounds of {given.seconds:g} s in turns")
-    say(", ".join(f"{name} {value}" for name, value in describe().items()))
-    say(f"medians; (lowest..highest), or xRATIO to {BASELINE} [95 % interval]; "
-        "higher is better for +, lower for -\n")  # fmt: skip
-    lines = [["", *names]]
-    for case in given.only:
-        taken = {name: samples[name, case] for name in names}
-        for metric in taken[names[0]][0].values:
-            series = {name: [one.values[metric] for one in taken[name]] for name in names}
-            base = series.get(BASELINE)
-            sign = "+" if metric.more_is_better else "-"
-            lines.append(
-                [f"{CASES[case].title}: {metric.title}, {metric.unit} {sign}"]
-                + [cell(series[name], None if name == BASELINE else base) for name in names]
+    def _turn(self, suite: Suite, mode: str, turn: int, case: str, stacks: list[Stack]) -> None:
+        # Who begins changes, so that no variant always follows the same one.
+        first = turn % len(stacks)
+        for stack in stacks[first:] + stacks[:first]:
+            self._done += 1
+            # Nothing is compared with the plain underlay.
+            if stack.variant.kind == "plain" and turn:
+                continue
+            record = self._sample(suite, mode, turn, case, stack)
+            self.run.records.append(record)
+            left = (time.monotonic() - self._began) / self._done * (self._total - self._done)
+            say(
+                f"[{self._done}/{self._total}, {left / 60:.0f} min left] {mode} {case:<13}"
+                f"{stack.variant.name:<18}{report.describe(record)}"
             )
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    for line in lines:
-        say("  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip())
+
+    def _sample(self, suite: Suite, mode: str, turn: int, case: str, stack: Stack) -> Record:
+        """Measure until nobody disturbed it, at most ATTEMPTS times."""
+        for _ in range(ATTEMPTS):
+            before = read_counters(stack)
+            taken = CASES[case].measure(stack, self._given.seconds)
+            counted = read_counters(stack) - before
+            foreign = taken.cpu.foreign / taken.cpu.elapsed
+            if not taken.cpu.disturbed:
+                break
+            say(f"    others used {foreign:.0%} of a core: once more")
+            wait_for_quiet(say)
+        notes = taken.notes | {name: float(count) for name, count in counted.items()}
+        # fmt: off
+        return Record(suite.name, mode, turn, case, stack.variant.name, taken.values, notes,
+                      foreign, taken.round_trips)
+        # fmt: on
 
 
 def main() -> int:
@@ -135,18 +195,20 @@ def main() -> int:
         say("run it as root: it makes network namespaces")
         return 1
     compile_tools()
+    if given.output:
+        given.output.mkdir(parents=True, exist_ok=True)
     os.nice(-15)
     if not wait_for_quiet(say):
         say("the machine did not become quiet; numbers below are disturbed")
-    with ExitStack() as opened:
-        stacks: list[Stack] = []
-        for variant in given.variants:
-            stack = build(variant, given.mode)
-            opened.callback(stack.close)
-            stacks.append(stack)
-            say(f"built {variant.name} {' '.join(variant.flags)}")
-        samples = measure(given, stacks)
-    report(given, samples)
+    bench = Bench(given)
+    for suite in given.suites:
+        for mode in suite.modes:
+            say(f"{suite.title}, underlay {mode}: {', '.join(suite.variants)}")
+            bench.measure(suite, mode)
+    say("\n" + report.text(bench.run))
+    if given.output:
+        for path in report.write(bench.run, given.output):
+            say(str(path))
     return 0
 
 

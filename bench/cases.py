@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, quantiles
 
@@ -19,29 +19,13 @@ IDLE_INTERVAL_SECONDS, LOADED_INTERVAL_SECONDS = 0.02, 0.01
 
 
 @dataclass(frozen=True, slots=True)
-class Metric:
-    """A number of a case: its unit, and whether more of it is better."""
-
-    title: str
-    unit: str
-    more_is_better: bool
-
-
-GBITS = Metric("throughput", "Gbit/s", True)
-CPU = Metric("CPU, both ends", "s/GB", False)
-RATE = Metric("< 1 % loss", "kpackets/s", True)
-RTT_MEAN = Metric("round trip, mean", "us", False)
-RTT_P50 = Metric("round trip, p50", "us", False)
-RTT_P99 = Metric("round trip, p99", "us", False)
-
-
-@dataclass(frozen=True, slots=True)
 class Sample:
-    """What one run of a case gave; `notes` are numbers beside the metrics."""
+    """What one run of a case gave: `values` by the names of METRICS, `notes` beside them."""
 
-    values: dict[Metric, float]
+    values: dict[str, float]
     notes: dict[str, float]
     cpu: CpuUse
+    round_trips: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,15 +46,18 @@ def _start_ping(stack: Stack, interval: float, seconds: float) -> subprocess.Pop
     # fmt: on
 
 
-def _round_trips(pinging: subprocess.Popen[str]) -> tuple[dict[Metric, float], dict[str, float]]:
-    """Wait for a ping to end; return its metrics and notes."""
+def _round_trips(
+    pinging: subprocess.Popen[str],
+) -> tuple[dict[str, float], dict[str, float], list[float]]:
+    """Wait for a ping to end; return metrics, notes, and the round trips in microseconds."""
     text = pinging.communicate()[0]
     times = [float(ms) * 1000 for ms in re.findall(r"time=([\d.]+) ms", text)]
     counts = re.search(r"(\d+) packets transmitted, (\d+) received", text)
     assert len(times) > 1 and counts, f"ping failed: {text}"
     cuts = quantiles(times, n=100, method="inclusive")
-    values = {RTT_MEAN: mean(times), RTT_P50: cuts[49], RTT_P99: cuts[98]}
-    return values, {"pings": float(counts[1]), "pings_lost": float(counts[1]) - float(counts[2])}
+    values = {"rtt_mean": mean(times), "rtt_p50": cuts[49], "rtt_p99": cuts[98]}
+    notes = {"pings": float(counts[1]), "pings_lost": float(counts[1]) - float(counts[2])}
+    return values, notes, times
 
 
 def tcp(streams: int, *flags: str, congestion: str = "cubic", pings: bool = False) -> Case:
@@ -88,15 +75,16 @@ def tcp(streams: int, *flags: str, congestion: str = "cubic", pings: bool = Fals
         cpu = window.end()
         end = report["end"]
         values = {
-            GBITS: end["sum_received"]["bits_per_second"] / 1e9,
-            CPU: cpu.used / (end["sum_received"]["bytes"] / 1e9),
+            "throughput": end["sum_received"]["bits_per_second"] / 1e9,
+            "cpu": cpu.used / (end["sum_received"]["bytes"] / 1e9),
         }
         notes = {"retransmits": float(end["sum_sent"]["retransmits"])}
+        times: list[float] = []
         if pinging:
-            more_values, more_notes = _round_trips(pinging)
+            more_values, more_notes, times = _round_trips(pinging)
             values |= more_values
             notes |= more_notes
-        return Sample(values, notes, cpu)
+        return Sample(values, notes, cpu, times)
 
     title = f"TCP, {streams} stream{'s' * (streams > 1)}{', reverse' * ('-R' in flags)}"
     return Case(f"{title}, {congestion}", measure)
@@ -119,7 +107,7 @@ def udp(size: int, flows: int) -> Case:
         report = json.loads(done.stdout)
         assert report["corrupt"] == 0, f"{stack.variant.name} changed packets: {report}"
         notes = {name: float(report[name]) for name in ("reordered", "duplicated", "refused")}
-        return Sample({RATE: report["rate"] / 1e3}, notes, window.end())
+        return Sample({"rate": report["rate"] / 1e3}, notes, window.end())
 
     return Case(f"UDP, {size} B, {flows} flow{'s' * (flows > 1)}", measure)
 
@@ -129,22 +117,30 @@ def idle_round_trip() -> Case:
 
     def measure(stack: Stack, seconds: float) -> Sample:
         window = CpuWindow()
-        values, notes = _round_trips(_start_ping(stack, IDLE_INTERVAL_SECONDS, seconds))
-        return Sample(values, notes, window.end())
+        values, notes, times = _round_trips(_start_ping(stack, IDLE_INTERVAL_SECONDS, seconds))
+        return Sample(values, notes, window.end(), times)
 
     return Case("round trip, idle", measure)
 
 
 CASES: dict[str, Case] = {
-    "tcp1": tcp(1),
-    "tcp1-reverse": tcp(1, "-R"),
-    "tcp4": tcp(4, pings=True),
+    **{
+        f"tcp{streams}{way}": tcp(streams, *flags, pings=streams == 4 and not flags)
+        for streams in (1, 4, 16)
+        for way, flags in (("", ()), ("-reverse", ("-R",)))
+    },
     "tcp1-bbr": tcp(1, congestion="bbr"),
     "tcp4-bbr": tcp(4, congestion="bbr", pings=True),
-    "udp64": udp(64, 1),
-    "udp64-8": udp(64, 8),
-    "udp1400": udp(1400, 1),
+    **{
+        f"udp{size}{suffix}": udp(size, flows)
+        for size in (64, 128, 256, 512, 1024, 1400)
+        for suffix, flows in (("", 1), ("-8", 8))
+    },
     "rtt": idle_round_trip(),
 }
 
-QUICK = ("tcp1", "tcp1-reverse", "tcp4", "udp64", "rtt")
+
+def missing_congestion(case: str) -> str | None:
+    """Return the congestion control that a case asks for and this kernel lacks."""
+    available = Path("/proc/sys/net/ipv4/tcp_available_congestion_control").read_text().split()
+    return "bbr" if case.endswith("-bbr") and "bbr" not in available else None

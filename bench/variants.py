@@ -7,17 +7,22 @@ side.
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 
-from tests.lab.hosts import UNDERLAYS, Host, Lab, ping, wait_until
+from tests.lab.hosts import UNDERLAYS, Host, Lab, ping, run, wait_until
 
 BENCH = Path(__file__).parent
 TUN_ADDRESSES = (IPv4Address("10.245.0.1"), IPv4Address("10.245.0.2"))
+METRICS_PORT = 8080
+# Room for 10,000 subnets; the lab's underlay lies outside.
+CONFIG = '{"Network":"10.0.0.0/8","Backend":{"Type":"vxlan"}}'
 KERNEL_NODES = (
     (IPv4Network("10.244.201.0/24"), "0a:00:00:00:00:01"),
     (IPv4Network("10.244.202.0/24"), "0a:00:00:00:00:02"),
@@ -28,13 +33,19 @@ KERNEL_NODES = (
 class Variant:
     """Something to measure: `kind` is a key of KINDS, `flags` are for its program.
 
-    `checkout` is another checkout of pyflannel-udp, set up by `make setup`.
+    `checkout` is another checkout of pyflannel-udp, set up by `make setup`; `peers` is how many
+    nodes the table holds.
     """
 
     name: str
     kind: str
     flags: tuple[str, ...] = ()
     checkout: Path | None = None
+    peers: int = 1
+
+
+class CannotBuildError(Exception):
+    """A variant that this machine does not carry; one sentence."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +90,15 @@ def parse_variant(text: str, common: tuple[str, ...] = ()) -> Variant:
     if folder is not None and not (folder / ".venv/bin/python").exists():
         raise ValueError(f"{folder} has no .venv; run `make setup` there")
     words = tuple(flags.split()) if equals else known.flags if known else ()
-    return Variant(name, kind, (*words, *common) if kind == "ours" else words, folder)
+    words = (*words, *common) if kind == "ours" else words
+    return Variant(name, kind, words, folder, known.peers if known else 1)
 
 
 def build(variant: Variant, mode: str) -> Stack:
-    """Build a variant on the underlay `mode`; it carries packets when this returns."""
+    """Build a variant on the underlay `mode`; it carries packets when this returns.
+
+    Raises CannotBuildError with a sentence.
+    """
     made = Lab(UNDERLAYS[mode])
     try:
         made.cable(made.add_host(), made.add_host())
@@ -91,6 +106,9 @@ def build(variant: Variant, mode: str) -> Stack:
         stack.sink.start("iperf3", "-s", log=made.folder / "iperf3.log")
         wait_until(lambda: ":5201" in stack.sink.exec("ss", "-ltn"), "iperf3 listens")
         wait_until(lambda: ping(stack.source, stack.target), f"{variant.name} carries a ping")
+    except (AssertionError, RuntimeError) as error:
+        made.close()
+        raise CannotBuildError(f"{variant.name}: {str(error).strip().splitlines()[-1]}") from error
     except BaseException:
         made.close()
         raise
@@ -105,6 +123,7 @@ def _kernel(made: Lab, variant: Variant) -> IPv4Address:
     made.start_etcd()
     for host, (subnet, mac) in zip(made.hosts, KERNEL_NODES):
         made.start_kernel_node(host, subnet, mac)
+    made.add_leases(variant.peers - 1)
     for host in made.hosts:
         made.program_kernel_node(host)
     return KERNEL_NODES[1][0].network_address
@@ -112,10 +131,12 @@ def _kernel(made: Lab, variant: Variant) -> IPv4Address:
 
 def _ours(made: Lab, variant: Variant) -> IPv4Address:
     made.start_etcd()
-    made.put_config()
+    made.put_config(CONFIG)
+    made.add_leases(variant.peers - 1)
+    metrics = ("--healthz-ip=127.0.0.1", f"--healthz-port={METRICS_PORT}")
     python = str(variant.checkout / ".venv/bin/python") if variant.checkout else sys.executable
     for host in made.hosts:
-        made.start_daemon(host, *variant.flags, python=python)
+        made.start_daemon(host, *metrics, *variant.flags, python=python)
     subnet = IPv4Network(made.hosts[1].subnet_env()["FLANNEL_SUBNET"], strict=False)
     return subnet.network_address
 
@@ -149,7 +170,35 @@ def _naive(made: Lab, variant: Variant) -> IPv4Address:
 
 
 def _udp_backend(made: Lab, variant: Variant) -> IPv4Address:
-    return _tun_programs(made, (f"{BENCH}/bin/udp_backend",), 1472)
+    return _tun_programs(made, (f"{BENCH}/bin/udp_backend", "--peers", str(variant.peers)), 1472)
+
+
+def _wireguard_go(made: Lab, variant: Variant) -> IPv4Address:
+    for program in ("wireguard-go", "wg"):
+        if shutil.which(program) is None:
+            raise RuntimeError(f"the program {program} is not installed")
+    keys = [run("wg", "genkey").strip() for _ in made.hosts]
+    for number, host in enumerate(made.hosts):
+        peer, own, other = made.hosts[1 - number], TUN_ADDRESSES[number], TUN_ADDRESSES[1 - number]
+        public = subprocess.run(
+            ["wg", "pubkey"], input=keys[1 - number], check=True, capture_output=True, text=True
+        ).stdout.strip()
+        # The control socket's name is the device's, and one folder holds those of all namespaces.
+        device, key_file = f"wg{made.folder.name[4:10]}{number}", host.folder / "key"
+        key_file.write_text(keys[number])
+        host.start("wireguard-go", "-f", device, log=host.log)
+        wait_until(partial(_answers, host, device), f"wireguard-go makes {device}")
+        # fmt: off
+        host.exec("wg", "set", device, "private-key", str(key_file), "listen-port", "51820",
+                  "peer", public, "endpoint", f"{peer.address}:51820", "allowed-ips", f"{other}/32")
+        # fmt: on
+        host.ip("addr", "add", f"{own}/30", "dev", device)
+        host.ip("link", "set", device, "mtu", "1420", "up")
+    return TUN_ADDRESSES[1]
+
+
+def _answers(host: Host, device: str) -> bool:
+    return device in host.exec("wg", "show", device, check=False)
 
 
 KINDS: dict[str, Callable[[Lab, Variant], IPv4Address]] = {
@@ -159,6 +208,7 @@ KINDS: dict[str, Callable[[Lab, Variant], IPv4Address]] = {
     "null": _null,
     "naive": _naive,
     "udp-backend": _udp_backend,
+    "wireguard-go": _wireguard_go,
 }
 
 VARIANTS = {
@@ -173,6 +223,12 @@ VARIANTS = {
         Variant("null-gaps", "null", ("--design=gaps", "--threads=2")),
         Variant("naive", "naive"),
         Variant("udp-backend", "udp-backend"),
+        Variant("wireguard-go", "wireguard-go"),
+        *(
+            Variant(f"{kind}-{peers}", kind, peers=peers)
+            for kind in ("kernel", "ours", "udp-backend")
+            for peers in (100, 10000)
+        ),
     )
 }
 

@@ -8,8 +8,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from bench.cases import CASES, GBITS, RATE, RTT_P50, UDP_LOAD
+from bench.cases import CASES, UDP_LOAD
+from bench.counters import read_counters
 from bench.machine import CpuWindow
+from bench.transfer import transfer_is_intact
 from bench.variants import Stack, build, compile_tools, parse_variant
 from tests.lab.require import require_program, require_root
 
@@ -63,9 +65,9 @@ def test_udp_load_sees_loss_and_changed_bytes(stack: Stack) -> None:
 
 def test_cases_measure(stack: Stack) -> None:
     tcp, udp, rtt = (CASES[name].measure(stack, 1) for name in ("tcp1", "udp64", "rtt"))
-    assert tcp.values[GBITS] > 0.1
-    assert udp.values[RATE] > 1
-    assert rtt.values[RTT_P50] > 1
+    assert tcp.values["throughput"] > 0.1
+    assert udp.values["rate"] > 1
+    assert rtt.values["rtt_p50"] > 1
 
 
 def test_cpu_window_tells_own_from_foreign() -> None:
@@ -73,3 +75,20 @@ def test_cpu_window_tells_own_from_foreign() -> None:
     while (use := window.end()).elapsed < 0.5:
         pass
     assert use.used > 0.3
+
+
+def test_a_transfer_is_compared(stack: Stack) -> None:
+    before = read_counters(stack)
+    assert transfer_is_intact(stack, 3)
+    assert not (read_counters(stack) - before)["Tcp:InCsumErrors"]
+
+
+@pytest.mark.parametrize("name", ["null", "null-flat", "null-gaps", "naive", "udp-backend"])
+def test_yardsticks_carry_a_transfer(name: str) -> None:
+    require_root()
+    compile_tools()
+    made = build(parse_variant(name), "wire-nocsum")
+    try:
+        assert transfer_is_intact(made, 20)
+    finally:
+        made.close()

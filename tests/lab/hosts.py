@@ -32,6 +32,7 @@ UNDERLAY = IPv4Network("192.168.77.0/24")
 CABLE = IPv4Network("192.168.78.0/30")
 SWITCH_ADDRESS = UNDERLAY[1]
 DEADLINE_SECONDS = 30.0
+MAX_TXN_PUTS = 128  # etcd's own default limit
 
 NO_SEGMENTATION = ("tso", "off", "gso", "off", "tx-udp-segmentation", "off")
 
@@ -226,11 +227,15 @@ class Lab:
         healthy = "is healthy"
         wait_until(lambda: healthy in self.etcdctl("endpoint", "health", check=False), healthy)
 
-    def etcdctl(self, *words: str, check: bool = True) -> str:
-        """Run etcdctl against the lab's etcd; standard error is part of the answer."""
+    def etcdctl(self, *words: str, check: bool = True, text: str = "") -> str:
+        """Run etcdctl against the lab's etcd, with `text` as its input.
+
+        Standard error is part of the answer.
+        """
         endpoints = f"--endpoints=http://{SWITCH_ADDRESS}:{ETCD_PORT}"
         done = subprocess.run(
             ["ip", "netns", "exec", self.switch.name, "etcdctl", endpoints, *words],
+            input=text,
             capture_output=True,
             text=True,
             env={**os.environ, "ETCDCTL_API": "3"},
@@ -305,8 +310,29 @@ class Lab:
         key = f"{PREFIX}/subnets/{subnet.network_address}-{subnet.prefixlen}"
         self.etcdctl("put", f"--lease={granted}", key, json.dumps(value, separators=(",", ":")))
 
+    def add_leases(self, count: int) -> None:
+        """Put leases of nodes that do not exist, 10.16.0.0/24 and so on."""
+        puts = []
+        for number in range(count):
+            subnet = IPv4Address("10.16.0.0") + 256 * number
+            data = {"VNI": 1, "VtepMAC": f"0a:01:00:{number >> 16:02x}:{number >> 8 & 255:02x}:"
+                    f"{number & 255:02x}"}  # fmt: skip
+            value = {
+                "PublicIP": str(IPv4Address("198.18.0.1") + number),
+                "PublicIPv6": None,
+                "BackendType": "vxlan",
+                "BackendData": data,
+            }
+            text = json.dumps(json.dumps(value, separators=(",", ":")))
+            puts.append(f"put {PREFIX}/subnets/{subnet}-24 {text}")
+        for start in range(0, count, MAX_TXN_PUTS):
+            batch = "\n".join(puts[start : start + MAX_TXN_PUTS])
+            # No comparison; what to do when all hold; nothing otherwise.
+            self.etcdctl("txn", text=f"\n{batch}\n\n\n")
+
     def program_kernel_node(self, host: Host) -> None:
-        """Program every other lease into a kernel node, in flanneld's order."""
+        """Program every other lease into a kernel node, in flanneld's order for each peer."""
+        neighbours, fdb, routes = [], [], []
         for key, value in self.leases().items():
             address = str(value["PublicIP"])
             if address == str(host.address):
@@ -315,13 +341,13 @@ class Lab:
             data = value["BackendData"]
             assert isinstance(data, dict)
             mac = data["VtepMAC"]
-            # fmt: off
-            host.ip("neigh", "replace", base, "lladdr", mac, "dev", "flannel.1", "nud", "permanent")
-            host.exec("bridge", "fdb", "replace", mac, "dev", "flannel.1", "dst", address,
-                      "self", "permanent")
-            host.ip("route", "replace", f"{base}/{length}", "via", base, "dev", "flannel.1",
-                    "onlink")
-            # fmt: on
+            neighbours.append(f"neigh replace {base} lladdr {mac} dev flannel.1 nud permanent")
+            fdb.append(f"fdb replace {mac} dev flannel.1 dst {address} self permanent")
+            routes.append(f"route replace {base}/{length} via {base} dev flannel.1 onlink")
+        batch = host.folder / "batch"
+        for program, lines in (("ip", neighbours), ("bridge", fdb), ("ip", routes)):
+            batch.write_text("\n".join(lines) + "\n")
+            host.exec(program, "-batch", str(batch))
 
     def add_container(self, host: Host) -> Namespace:
         """Put a container behind cni0, configured from subnet.env."""
