@@ -1,6 +1,7 @@
 """The data plane: moves packets between a TUN device and UDP port 8472, and programs the host.
 
 Values: `route`, `offload`, `refusal`. Packets: `_fastpath.c` with `csrc/` behind the typed facade
-`fastpath`; `forwarder` lets it run. Host: `tun`, `underlay`, `netlink`, `interface`; its
-packet filter: `traffic_rules` (which), `firewall` (written how), `firewall_watch` (changed when).
+`fastpath`; `forwarder` lets it run. Host: `tun`, `underlay`, `netlink`,
+`kernel_routes`, `interface`; its packet filter: `traffic_rules` (which), `firewall` (written how),
+`firewall_watch` (changed when).
 """

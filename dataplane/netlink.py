@@ -1,7 +1,7 @@
-"""Programs and reads the host by netlink: links, addresses, routes.
+"""Programs and reads the host by netlink: links, addresses, single routes.
 
-pyroute2 in one worker thread, because its asyncio flavour does not run under uvloop; routes go
-through a small batch writer of our own, thirty times faster at 10,000 peers. It decides nothing.
+pyroute2 in one worker thread, because its asyncio flavour does not run under uvloop; the routes to
+peers are `kernel_routes`, which runs in the same thread. It decides nothing.
 """
 
 from __future__ import annotations
@@ -9,10 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import os
 import socket
-import struct
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network
@@ -27,17 +25,10 @@ from pyflannel.dataplane.route import IPNetwork, MacAddress
 
 T = TypeVar("T")
 
-BATCH_ROUTES = 100
-
 # linux/if_addr.h
 _IFA_F_TEMPORARY, _IFA_F_DEPRECATED, _IFA_F_PERMANENT = 0x01, 0x20, 0x80
 # linux/rtnetlink.h
-_RTM_NEWROUTE, _RTM_DELROUTE = 24, 25
-_NLM_F_REQUEST, _NLM_F_ACK, _NLM_F_REPLACE, _NLM_F_CREATE = 0x1, 0x4, 0x100, 0x400
-_NLMSG_ERROR = 2
-_RTA_DST, _RTA_OIF, _RTA_GATEWAY = 1, 4, 5
-_RT_TABLE_MAIN, _RTPROT_BOOT, _RT_SCOPE_UNIVERSE, _RTN_UNICAST = 254, 3, 0, 1
-_RTNH_F_ONLINK = 4
+_RT_TABLE_MAIN = 254
 _IFF_UP = 1
 _LAST_METRIC = 0xFFFFFFFF
 
@@ -95,19 +86,20 @@ class Netlink:
         self._ipr: Any = None
 
     async def __aenter__(self) -> Netlink:
-        self._ipr = await self._run(IPRoute)
+        self._ipr = await self.run(IPRoute)
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self._run(self._ipr.close)
+        await self.run(self._ipr.close)
         self._thread.shutdown()
 
-    async def _run(self, work: Callable[..., T], *args: Any) -> T:
+    async def run(self, work: Callable[..., T], *args: Any) -> T:
+        """Run something that blocks in netlink's thread, one after another."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, work, *args)
 
     async def interfaces(self) -> tuple[Interface, ...]:
         """Return all interfaces with their IPv4 addresses, in kernel order."""
-        return await self._run(self._interfaces)
+        return await self.run(self._interfaces)
 
     def _interfaces(self) -> tuple[Interface, ...]:
         addresses: dict[int, list[InterfaceAddress]] = {}
@@ -128,7 +120,7 @@ class Netlink:
 
     async def default_route_interface(self) -> str | None:
         """Return the interface of the first IPv4 default route."""
-        return await self._run(self._default_route_interface)
+        return await self.run(self._default_route_interface)
 
     def _default_route_interface(self) -> str | None:
         for route in self._ipr.get_routes(family=socket.AF_INET, table=_RT_TABLE_MAIN):
@@ -141,7 +133,7 @@ class Netlink:
 
     async def route_to(self, address: IPv4Address) -> Reach | None:
         """Return how the kernel would send to an address, None where it cannot."""
-        return await self._run(self._route_to, address)
+        return await self.run(self._route_to, address)
 
     def _route_to(self, address: IPv4Address) -> Reach | None:
         try:
@@ -162,7 +154,7 @@ class Netlink:
         return next((x for x in await self._links() if x.name == name), None)
 
     async def _links(self) -> list[Link]:
-        return await self._run(lambda: [_link(message) for message in self._ipr.get_links()])
+        return await self.run(lambda: [_link(message) for message in self._ipr.get_links()])
 
     async def vxlan_devices_on_port(self, port: int) -> tuple[str, ...]:
         """Return the names of the kernel vxlan devices that are up on a UDP port."""
@@ -170,7 +162,7 @@ class Netlink:
 
     async def delete_link(self, name: str) -> None:
         """Delete a device; its routes go with it."""
-        await self._run(lambda: self._ipr.link("del", index=socket.if_nametoindex(name)))
+        await self.run(lambda: self._ipr.link("del", index=socket.if_nametoindex(name)))
 
     async def configure_device(
         self,
@@ -184,7 +176,7 @@ class Netlink:
 
         Other addresses on it inside `network` are removed; IPv6 router advertisements are ignored.
         """
-        await self._run(self._configure_device, name, address, mtu, queue_length, network)
+        await self.run(self._configure_device, name, address, mtu, queue_length, network)
 
     def _configure_device(
         self, name: str, address: IPv4Address, mtu: int, queue_length: int, network: IPv4Network
@@ -213,11 +205,11 @@ class Netlink:
         flannel's has the metric of a bridge's own route: where it is there first, the kernel puts
         the bridge's behind it and no container is reached any more (seen on Linux 6.18).
         """
-        await self._run(self._blackhole, "add", subnet, errno.EEXIST)
+        await self.run(self._blackhole, "add", subnet, errno.EEXIST)
 
     async def remove_blackhole(self, subnet: IPNetwork) -> None:
         """Remove that route, if it is there."""
-        await self._run(self._blackhole, "del", subnet, errno.ESRCH)
+        await self.run(self._blackhole, "del", subnet, errno.ESRCH)
 
     def _blackhole(self, command: str, subnet: IPNetwork, harmless: int) -> None:
         family = socket.AF_INET if subnet.version == 4 else socket.AF_INET6
@@ -228,93 +220,3 @@ class Netlink:
         except NetlinkError as error:
             if error.code != harmless:
                 raise
-
-    async def sync_routes(self, device: str, wanted: Collection[IPv4Network]) -> tuple[int, int]:
-        """Make the peer routes on our device exactly these; return how many came and went."""
-        return await self._run(self._sync_routes, device, frozenset(wanted))
-
-    def _sync_routes(self, device: str, wanted: frozenset[IPv4Network]) -> tuple[int, int]:
-        index = socket.if_nametoindex(device)
-        right, stale = set(), []
-        for route in self._ipr.get_routes(family=socket.AF_INET, oif=index, table=_RT_TABLE_MAIN):
-            if route["proto"] != _RTPROT_BOOT:
-                continue
-            subnet = IPv4Network((route.get("dst") or "0.0.0.0", route["dst_len"]))
-            onlink = route["flags"] & _RTNH_F_ONLINK
-            if subnet not in wanted:
-                stale.append(subnet)
-            elif route.get("gateway") == str(subnet.network_address) and onlink:
-                right.add(subnet)
-        missing = sorted(wanted - right)
-        self._apply_routes(device, missing, stale)
-        return len(missing), len(stale)
-
-    async def apply_routes(
-        self, device: str, replace: Sequence[IPv4Network], delete: Sequence[IPv4Network]
-    ) -> list[tuple[IPv4Network, int]]:
-        """Write peer routes in bulk; return those that failed with their errno."""
-        return await self._run(self._apply_routes, device, replace, delete)
-
-    def _apply_routes(
-        self, device: str, replace: Sequence[IPv4Network], delete: Sequence[IPv4Network]
-    ) -> list[tuple[IPv4Network, int]]:
-        index = socket.if_nametoindex(device)
-        work = [(_RTM_DELROUTE, subnet) for subnet in delete]
-        work += [(_RTM_NEWROUTE, subnet) for subnet in replace]
-        failed = []
-        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as netlink:
-            netlink.bind((0, 0))
-            for start in range(0, len(work), BATCH_ROUTES):
-                batch = work[start : start + BATCH_ROUTES]
-                netlink.send(
-                    b"".join(
-                        _route_message(kind, sequence, subnet, index)
-                        for sequence, (kind, subnet) in enumerate(batch)
-                    )
-                )
-                for sequence, err in _acknowledgements(netlink, len(batch)):
-                    kind, subnet = batch[sequence]
-                    if err and not (kind == _RTM_DELROUTE and err == errno.ESRCH):
-                        failed.append((subnet, err))
-        return failed
-
-
-def _attribute(kind: int, value: bytes) -> bytes:
-    return struct.pack("=HH", 4 + len(value), kind) + value
-
-
-def _route_message(kind: int, sequence: int, subnet: IPv4Network, index: int) -> bytes:
-    """Return `SUBNET via BASE dev INDEX onlink`, protocol boot, as flanneld writes it."""
-    flags = _NLM_F_REQUEST | _NLM_F_ACK
-    if kind == _RTM_NEWROUTE:
-        flags |= _NLM_F_CREATE | _NLM_F_REPLACE
-    base = subnet.network_address.packed
-    body = struct.pack(
-        "=BBBBBBBBI",
-        socket.AF_INET,
-        subnet.prefixlen,
-        0,
-        0,
-        _RT_TABLE_MAIN,
-        _RTPROT_BOOT,
-        _RT_SCOPE_UNIVERSE,
-        _RTN_UNICAST,
-        _RTNH_F_ONLINK,
-    )
-    body += _attribute(_RTA_DST, base)
-    body += _attribute(_RTA_GATEWAY, base)
-    body += _attribute(_RTA_OIF, struct.pack("=I", index))
-    return struct.pack("=IHHII", 16 + len(body), kind, flags, sequence, os.getpid()) + body
-
-
-def _acknowledgements(netlink: socket.socket, count: int) -> list[tuple[int, int]]:
-    """Read (sequence, errno) for `count` requests."""
-    found: list[tuple[int, int]] = []
-    while len(found) < count:
-        answer = netlink.recv(1 << 16)
-        while answer:
-            length, kind, _, sequence, _ = struct.unpack_from("=IHHII", answer)
-            if kind == _NLMSG_ERROR:
-                found.append((sequence, -struct.unpack_from("=i", answer, 16)[0]))
-            answer = answer[(length + 3) & ~3 :]
-    return found

@@ -87,10 +87,8 @@ def _check_supported(config: NetworkConfig, key: str) -> None:
         raise Refusal(
             f"{key}: EnableIPv6 true: this version carries IPv4 only; set EnableIPv6 to false"
         )
-    if config.backend.direct_routing:
-        log.warning("DirectRouting is not applied: packets to every peer are encapsulated")
     if config.backend.learning:
-        log.warning("Learning is ignored: peers are known from etcd")
+        log.warning("Learning is ignored: peers are known from etcd, so there is nothing to learn")
 
 
 def _lease_mac(leases: Sequence[Lease], public_ip: IPv4Address) -> MacAddress | None:
@@ -156,7 +154,7 @@ class Daemon:
         await overlay.adopt(lease.subnet.ipv4)
         sync = RouteSync(etcd, options.etcd_prefix, table, overlay)
         await sync.first_snapshot()
-        await overlay.reconcile([route.subnet for route in table.routes()])
+        await overlay.reconcile(table.routes())
         overlay.forward(self._on_tun_lost)
         traffic = Traffic(
             options,
@@ -182,10 +180,17 @@ class Daemon:
             keeper.run(adopt),
             sync.run(),
             traffic.run(),
+            self._look_at_underlay(overlay, table),
             report_suspects(
                 overlay.context, table.leases, dropped=options.anti_spoofing == "enforce"
             ),
         )
+
+    async def _look_at_underlay(self, overlay: Overlay, table: LeaseTable) -> None:
+        """Look now and then whether a peer came onto our link or left it; never returns."""
+        while True:
+            await asyncio.sleep(self._options.iptables_resync)
+            await overlay.reconcile(table.routes())
 
     async def _serve_health(self) -> None:
         options = self._options

@@ -17,9 +17,18 @@ from pyflannel.control.network_config import NetworkConfig
 from pyflannel.dataplane.fastpath import AntiSpoofing, Context, FastpathConfig, WorkerIo
 from pyflannel.dataplane.forwarder import Forwarder, Workers
 from pyflannel.dataplane.interface import Choice, choose_interface
+from pyflannel.dataplane.kernel_routes import DirectRouting, PeerRoutes
 from pyflannel.dataplane.netlink import Netlink
 from pyflannel.dataplane.refusal import Refusal
-from pyflannel.dataplane.route import Delete, IPNetwork, MacAddress, Replace, RouteChange
+from pyflannel.dataplane.route import (
+    Delete,
+    IPAddress,
+    IPNetwork,
+    MacAddress,
+    Replace,
+    Route,
+    RouteChange,
+)
 from pyflannel.dataplane.tun import Tun
 from pyflannel.dataplane.underlay import Underlay
 from pyflannel.options import Options
@@ -65,7 +74,13 @@ async def choose_underlay(options: Options, netlink: Netlink, config: NetworkCon
     mtu = choice.mtu
     if config.backend.mtu is not None:
         if config.backend.mtu > mtu:
-            log.warning("Backend.MTU %d is above %s's %d", config.backend.mtu, choice.name, mtu)
+            log.warning(
+                "Backend.MTU %d is above %s's %d; using %d",
+                config.backend.mtu,
+                choice.name,
+                mtu,
+                mtu,
+            )
         mtu = min(mtu, config.backend.mtu)
     if mtu <= OVERHEAD_BYTES:
         raise Refusal(
@@ -127,6 +142,13 @@ class Overlay:
         if tun.created:
             self._undo.callback(tun.delete)
         self._context: Context | None = None
+        self._peer_routes = PeerRoutes(
+            tun.name,
+            DirectRouting(config.network, config.subnet_len)
+            if config.backend.direct_routing
+            else None,
+        )
+        self._has_reconciled = False
 
     @classmethod
     async def open(
@@ -190,27 +212,42 @@ class Overlay:
 
         A route the kernel refuses is logged, the others stand.
         """
-        kernel: dict[IPNetwork, bool] = {}
+        kernel: dict[IPNetwork, IPAddress | None] = {}
         for change in changes:
             if isinstance(change, Replace):
+                # Also for a peer that is reached directly: its packets to us may be encapsulated.
                 self.context.replace(change.route)
-                kernel[change.route.subnet] = True
+                kernel[change.route.subnet] = change.route.underlay
             else:
                 assert isinstance(change, Delete)
-                kernel[change.subnet] = False
-        replaced = [x for x, wanted in kernel.items() if wanted and isinstance(x, IPv4Network)]
-        deleted = [x for x, wanted in kernel.items() if not wanted and isinstance(x, IPv4Network)]
-        failed = await self._netlink.apply_routes(self.device, replaced, deleted)
+                kernel[change.subnet] = None
+        replaced = {subnet: address for subnet, address in kernel.items() if address is not None}
+        deleted = [subnet for subnet, address in kernel.items() if address is None]
+        failed = await self._netlink.run(self._peer_routes.apply, replaced, deleted)
         for subnet in deleted:
             self.context.delete(subnet)
         for subnet, err in failed:
             log.error("kernel route to %s: %s", subnet, os.strerror(err))
 
-    async def reconcile(self, wanted: Sequence[IPNetwork]) -> None:
-        """Make the kernel's routes on our device exactly these; stale ones are removed."""
-        subnets = [subnet for subnet in wanted if isinstance(subnet, IPv4Network)]
-        _, removed = await self._netlink.sync_routes(self.device, subnets)
-        log.info("Routes on %s: %d peers, %d stale removed", self.device, len(subnets), removed)
+    async def reconcile(self, wanted: Sequence[Route]) -> None:
+        """Make the kernel's routes to peers exactly these; with DirectRouting look anew at who is
+        on our link.
+        """
+        peers = {route.subnet: route.underlay for route in wanted}
+        try:
+            came, went = await self._netlink.run(self._peer_routes.sync, peers)
+        except OSError as error:
+            log.error("routes on %s cannot be looked after: %s", self.device, error.strerror)
+            return
+        if came or went or not self._has_reconciled:
+            log.info(
+                "Routes on %s: %d peers, %d written, %d stale removed",
+                self.device,
+                len(peers),
+                came,
+                went,
+            )
+        self._has_reconciled = True
 
     def forward(self, on_lost: Callable[[OSError], None]) -> None:
         """Begin to forward; `on_lost` is called when the device disappears."""

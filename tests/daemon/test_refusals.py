@@ -61,6 +61,7 @@ def _refused(
         ("{", "not JSON"),
         ('{"Network":"10.244.0.0/16"}', "Backend is missing"),
         ('{"Network":"10.244.0.0/16","Backend":{"Type":"udp"}}', 'Backend.Type "udp"'),
+        ('{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan","GBP":true}}', "group policy"),
         (
             '{"Network":"10.244.0.0/16","EnableIPv6":true,"IPv6Network":"2001:db8::/48",'
             '"Backend":{"Type":"vxlan"}}',

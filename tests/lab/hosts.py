@@ -290,16 +290,28 @@ class Lab:
             assert host.processes[index].poll() is None, host.log.read_text()
         return index
 
-    def start_kernel_node(self, host: Host, subnet: IPv4Network, mac: str) -> None:
+    def start_kernel_node(
+        self,
+        host: Host,
+        subnet: IPv4Network,
+        mac: str,
+        *,
+        vni: int = 1,
+        port: int = 8472,
+        mtu: int = 1450,
+    ) -> None:
         """Make a flannel node of the kernel's vxlan device, without peers yet."""
+        device = f"flannel.{vni}"
         # fmt: off
-        host.ip("link", "add", "flannel.1", "address", mac, "type", "vxlan", "id", "1", "dev",
-                host.iface, "local", str(host.address), "dstport", "8472", "nolearning")
+        host.ip("link", "add", device, "address", mac, "type", "vxlan", "id", str(vni), "dev",
+                host.iface, "local", str(host.address), "dstport", str(port), "nolearning")
         # fmt: on
-        host.ip("link", "set", "flannel.1", "mtu", "1450", "up")
-        host.ip("addr", "add", f"{subnet.network_address}/32", "dev", "flannel.1")
-        host.subnet_file.write_text(f"FLANNEL_SUBNET={subnet[1]}/24\nFLANNEL_MTU=1450\n")
-        data = {"VNI": 1, "VtepMAC": mac}
+        host.ip("link", "set", device, "mtu", str(mtu), "up")
+        host.ip("addr", "add", f"{subnet.network_address}/32", "dev", device)
+        host.subnet_file.write_text(
+            f"FLANNEL_SUBNET={subnet[1]}/{subnet.prefixlen}\nFLANNEL_MTU={mtu}\n"
+        )
+        data = {"VNI": vni, "VtepMAC": mac}
         value = {
             "PublicIP": str(host.address),
             "PublicIPv6": None,
@@ -330,8 +342,9 @@ class Lab:
             # No comparison; what to do when all hold; nothing otherwise.
             self.etcdctl("txn", text=f"\n{batch}\n\n\n")
 
-    def program_kernel_node(self, host: Host) -> None:
+    def program_kernel_node(self, host: Host, *, vni: int = 1) -> None:
         """Program every other lease into a kernel node, in flanneld's order for each peer."""
+        device = f"flannel.{vni}"
         neighbours, fdb, routes = [], [], []
         for key, value in self.leases().items():
             address = str(value["PublicIP"])
@@ -341,9 +354,9 @@ class Lab:
             data = value["BackendData"]
             assert isinstance(data, dict)
             mac = data["VtepMAC"]
-            neighbours.append(f"neigh replace {base} lladdr {mac} dev flannel.1 nud permanent")
-            fdb.append(f"fdb replace {mac} dev flannel.1 dst {address} self permanent")
-            routes.append(f"route replace {base}/{length} via {base} dev flannel.1 onlink")
+            neighbours.append(f"neigh replace {base} lladdr {mac} dev {device} nud permanent")
+            fdb.append(f"fdb replace {mac} dev {device} dst {address} self permanent")
+            routes.append(f"route replace {base}/{length} via {base} dev {device} onlink")
         batch = host.folder / "batch"
         for program, lines in (("ip", neighbours), ("bridge", fdb), ("ip", routes)):
             batch.write_text("\n".join(lines) + "\n")
