@@ -3,8 +3,9 @@
 PYTHON := .venv/bin/python
 
 QUICK :=
+PACKETS := 100000000
 
-.PHONY: setup demo bench test lint format clean
+.PHONY: setup demo bench soak test lint format clean
 
 setup:
 	bash .ci/setup
@@ -14,6 +15,9 @@ demo: setup
 
 bench: setup
 	$(PYTHON) -m bench $(if $(QUICK),--quick)
+
+soak: setup
+	$(PYTHON) -m bench.soak $(PACKETS)
 
 test: setup
 	$(PYTHON) -m pytest

@@ -27,6 +27,7 @@ def _socket_in(netns: str) -> socket.socket:
     finally:
         os.close(fd)
     made = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     made.settimeout(DEADLINE_SECONDS)
     return made
 
@@ -40,21 +41,25 @@ def _receive(listening: socket.socket) -> str:
     return digest.hexdigest()
 
 
-def _send(sending: socket.socket, address: str, megabytes: int) -> str:
+def _send(sending: socket.socket, address: str, megabytes: int, seed: int) -> str:
     digest = hashlib.sha256()
-    source = random.Random(megabytes)
+    source = random.Random(seed)
+    data = memoryview(source.randbytes(4 * CHUNK))
+    left = megabytes * CHUNK
     with sending:
         sending.connect((address, PORT))
-        for _ in range(megabytes):
+        while left > 0:
             # Odd lengths make segments end at odd places.
-            chunk = source.randbytes(CHUNK - source.randrange(CHUNK // 2))
+            start, length = source.randrange(3 * CHUNK), source.randrange(1, CHUNK)
+            chunk = data[start : start + length]
             digest.update(chunk)
             sending.sendall(chunk)
+            left -= length
     return digest.hexdigest()
 
 
-def transfer_is_intact(stack: Stack, megabytes: int) -> bool:
-    """Send up to some megabytes from source to sink; whether all of them arrived unchanged."""
+def transfer_is_intact(stack: Stack, megabytes: int, seed: int = 0) -> bool:
+    """Send some megabytes from source to sink; whether all of them arrived unchanged."""
     # A thread for each namespace: setns moves the thread for good.
     with ThreadPoolExecutor(1) as source, ThreadPoolExecutor(1) as sink:
         listening = sink.submit(_socket_in, stack.sink.name).result()
@@ -62,5 +67,5 @@ def transfer_is_intact(stack: Stack, megabytes: int) -> bool:
         listening.listen()
         received = sink.submit(_receive, listening)
         sending = source.submit(_socket_in, stack.source.name).result()
-        sent = source.submit(_send, sending, str(stack.target), megabytes)
+        sent = source.submit(_send, sending, str(stack.target), megabytes, seed)
         return sent.result() == received.result()

@@ -7,7 +7,8 @@
 // some flows (a flow is a source port) and sends batches with sendmmsg at a paced rate; one thread
 // receives. Every packet names its trial, flow and sequence number, so loss, reordering within a
 // flow and duplicates are counted exactly; with --check the rest of the packet is a pattern that
-// follows from these three, and every byte is compared.
+// follows from these three, and every byte is compared. With --segment a batch is one send that
+// the kernel cuts (UDP_SEGMENT), so that a TUN may hand it over uncut.
 //
 // Without --rate the highest rate with less than 1 % loss is searched: first as fast as the
 // senders can, then by bisection of the rate's logarithm. A rate fails when it fails twice, because
@@ -20,6 +21,8 @@
 #include <errno.h>
 #include <getopt.h>
 #include <math.h>
+#include <netinet/in.h>
+#include <netinet/udp.h>
 #include <pthread.h>
 #include <sched.h>
 #include <stdatomic.h>
@@ -33,6 +36,10 @@
 #include <time.h>
 
 #include "netns.h"
+
+#ifndef UDP_SEGMENT
+#define UDP_SEGMENT 103
+#endif
 
 enum {
 	BATCH = 16,
@@ -65,7 +72,7 @@ struct options {
 	double rate; // packets per second, 0: search
 	double seconds;
 	uint64_t count; // packets, 0: by seconds
-	bool check;
+	bool check, segment;
 };
 
 struct counts {
@@ -249,6 +256,20 @@ static void pace(double rate, uint64_t *start, uint64_t done)
 		*start += now - due - late;
 }
 
+/**
+ * send_segmented() - Send a batch as one datagram for the kernel to cut
+ * @fd:		a socket with UDP_SEGMENT set
+ * @vectors:	two per packet
+ *
+ * Return: packets sent, or -1
+ */
+static int send_segmented(int fd, struct iovec *vectors)
+{
+	struct msghdr message = { .msg_iov = vectors, .msg_iovlen = 2 * BATCH };
+
+	return sendmsg(fd, &message, 0) < 0 ? -1 : BATCH;
+}
+
 static void *send_flows(void *argument)
 {
 	struct sender *sender = argument;
@@ -270,7 +291,8 @@ static void *send_flows(void *argument)
 		if (load->rate > 0)
 			pace(load->rate / options->threads, &start, done);
 		fill(load, number, heads, vectors);
-		sent = sendmmsg(load->flows[number].fd, messages, BATCH, 0);
+		sent = options->segment ? send_segmented(load->flows[number].fd, vectors)
+					: sendmmsg(load->flows[number].fd, messages, BATCH, 0);
 		if (sent <= 0) {
 			load->refused++;
 			if (errno != ENOBUFS && errno != EAGAIN && errno != ECONNREFUSED)
@@ -392,6 +414,9 @@ static void open_sockets(struct load *load)
 		force_buffers(fd, SOCKET_BUFFER);
 		if (connect(fd, (struct sockaddr *)&address, sizeof(address)))
 			fail("connect");
+		if (options->segment &&
+		    setsockopt(fd, SOL_UDP, UDP_SEGMENT, &options->low, sizeof(options->low)))
+			fail("UDP_SEGMENT");
 		load->flows[i].fd = fd;
 	}
 }
@@ -400,7 +425,7 @@ static void usage(void)
 {
 	fputs("usage: udp_load --from NETNS --to NETNS --address A [--port P] [--size N[-M]]\n"
 	      "                [--flows N] [--threads N] [--seconds S] [--rate PPS] [--count N]\n"
-	      "                [--check]\n",
+	      "                [--check] [--segment]\n",
 	      stderr);
 	exit(2);
 }
@@ -408,10 +433,19 @@ static void usage(void)
 static void parse(int argc, char **argv, struct options *options)
 {
 	static const struct option names[] = {
-		{ "from", 1, 0, 'f' },	  { "to", 1, 0, 't' },	    { "address", 1, 0, 'a' },
-		{ "port", 1, 0, 'p' },	  { "size", 1, 0, 's' },    { "flows", 1, 0, 'n' },
-		{ "threads", 1, 0, 'j' }, { "seconds", 1, 0, 'd' }, { "rate", 1, 0, 'r' },
-		{ "count", 1, 0, 'c' },	  { "check", 0, 0, 'k' },   { 0 },
+		{ "from", 1, 0, 'f' },
+		{ "to", 1, 0, 't' },
+		{ "address", 1, 0, 'a' },
+		{ "port", 1, 0, 'p' },
+		{ "size", 1, 0, 's' },
+		{ "flows", 1, 0, 'n' },
+		{ "threads", 1, 0, 'j' },
+		{ "seconds", 1, 0, 'd' },
+		{ "rate", 1, 0, 'r' },
+		{ "count", 1, 0, 'c' },
+		{ "check", 0, 0, 'k' },
+		{ "segment", 0, 0, 'g' },
+		{ 0 },
 	};
 	char *end;
 	int name;
@@ -453,6 +487,9 @@ static void parse(int argc, char **argv, struct options *options)
 		case 'k':
 			options->check = true;
 			break;
+		case 'g':
+			options->segment = true;
+			break;
 		default:
 			usage();
 		}
@@ -460,7 +497,9 @@ static void parse(int argc, char **argv, struct options *options)
 	if (!options->from || !options->to || !options->address || options->flows < 1 ||
 	    options->flows > MAX_FLOWS || options->threads < 1 ||
 	    options->threads > options->flows || options->low < (int)sizeof(struct header) ||
-	    options->high < options->low || options->high > MAX_SIZE)
+	    options->high < options->low || options->high > MAX_SIZE ||
+	    (options->segment &&
+	     (options->low != options->high || options->low * BATCH > MAX_SIZE)))
 		usage();
 }
 

@@ -1,0 +1,36 @@
+"""The soak in short: h1 (pyflannel-udp) eth1 ---- eth1 (pyflannel-udp) h2, every byte checked."""
+
+from __future__ import annotations
+
+from contextlib import closing
+
+import pytest
+
+from bench.soak import LOADS, SoakError, run, soak
+from bench.variants import build, compile_tools, parse_variant
+from tests.lab.require import require_program, require_root
+
+PACKETS = 300_000
+
+
+@pytest.fixture(autouse=True)
+def needs() -> None:
+    require_root()
+    for program in ("etcd", "etcdctl", "ethtool", "gcc", "iperf3", "make", "nft"):
+        require_program(program)
+
+
+def test_nothing_is_changed_on_the_way() -> None:
+    progress = run(PACKETS, print)
+    assert progress.total >= PACKETS
+    assert set(progress.received) == {*LOADS, "TCP"}
+
+
+def test_a_changed_byte_is_found() -> None:
+    compile_tools()
+    with closing(build(parse_variant("plain"), "wire-nocsum")) as stack:
+        nft = stack.sink.exec
+        nft("nft", "add table ip t { chain c { type filter hook input priority 0; }; }")
+        nft("nft", "add rule ip t c udp dport 9000 numgen inc mod 1000 == 7 @th,200,8 set 7")
+        with pytest.raises(SoakError, match="UDP, 8 flows"):
+            list(soak(stack, PACKETS))
