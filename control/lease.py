@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from ipaddress import AddressValueError, IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import Any
 
-from pyflannel.dataplane.route import MacAddress
+from pyflannel.dataplane.route import IPAddress, IPNetwork, MacAddress
 
 BACKEND_TYPE = "vxlan"
 LEASE_TTL_SECONDS = 86400
@@ -46,6 +46,17 @@ class LeaseSubnet:
 
     ipv4: IPv4Network
     ipv6: IPv6Network | None = None
+
+    @property
+    def parts(self) -> tuple[IPNetwork, ...]:
+        """The subnet of each family, IPv4 first."""
+        return (self.ipv4,) if self.ipv6 is None else (self.ipv4, self.ipv6)
+
+    def overlaps(self, other: LeaseSubnet) -> bool:
+        """Whether the two share an address of any family."""
+        return self.ipv4.overlaps(other.ipv4) or (
+            self.ipv6 is not None and other.ipv6 is not None and self.ipv6.overlaps(other.ipv6)
+        )
 
     def __str__(self) -> str:
         text = f"{self.ipv4.network_address}-{self.ipv4.prefixlen}"
@@ -93,6 +104,15 @@ class LeaseAttributes:
 
 
 @dataclass(frozen=True, slots=True)
+class LeasePart:
+    """What a lease says about one address family; None is what the node has not told."""
+
+    subnet: IPNetwork
+    public_ip: IPAddress | None
+    vtep: Vtep | None
+
+
+@dataclass(frozen=True, slots=True)
 class Lease:
     """One lease with etcd's bookkeeping; `etcd_lease` 0 marks a reservation (spec section 5.4)."""
 
@@ -101,6 +121,15 @@ class Lease:
     create_revision: int
     mod_revision: int
     etcd_lease: int
+
+    def part(self, version: int) -> LeasePart | None:
+        """Return the part of a family, 4 or 6; None where the lease has no subnet of it."""
+        told = self.attributes
+        if version == 4:
+            return LeasePart(self.subnet.ipv4, told.public_ip, told.vtep)
+        if self.subnet.ipv6 is None:
+            return None
+        return LeasePart(self.subnet.ipv6, told.public_ipv6, told.vtep_v6)
 
 
 def _join(*parts: str) -> str:

@@ -1,24 +1,26 @@
 """What we believe about the other nodes: etcd's snapshot and events in, route changes out.
 
-Does no I/O. One entry per key. Each bad key or value is logged once, counted and skipped, the
-route that was there stays; a conflicting lease is quarantined, never fatal. Routes are compared by
-value, so a renewal that changes nothing programs nothing. Source: spec section 6, decisions 10-17.
+Does no I/O. One entry per key, a `FamilyRoutes` for each address family. Each bad key or value is
+logged once, counted and skipped, the route that was there stays; a conflicting lease is
+quarantined, never fatal. Routes are compared by value, so a renewal that changes nothing programs
+nothing. Source: spec section 6, decisions 10-17.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
-from ipaddress import IPv4Address, IPv4Network
+from collections.abc import Iterable, Mapping, Sequence
 
+from pyflannel.control.family_routes import FamilyRoutes, Place, text_of
 from pyflannel.control.lease import (
     BACKEND_TYPE,
     BadLease,
     KeyValue,
     Lease,
+    LeaseSubnet,
     parse_lease_untrusted,
 )
-from pyflannel.dataplane.route import Delete, IPNetwork, MacAddress, Replace, Route, RouteChange
+from pyflannel.dataplane.route import Route, RouteChange
 
 log = logging.getLogger(__name__)
 
@@ -29,22 +31,22 @@ UNCONFIRMED_SECONDS = 86400.0
 class LeaseTable:
     """The leases of all other nodes and the routes that follow from them."""
 
-    def __init__(self, own_public_ip: IPv4Address, network: IPv4Network, port: int) -> None:
-        self._own_public_ip = own_public_ip
-        self._network = network
-        self._port = port
-        self._own_subnet: IPv4Network | None = None
+    def __init__(self, places: Sequence[Place], port: int) -> None:
+        """Make an empty table; `places` has one entry for each family, IPv4 first."""
+        self._own_public_ip = places[0].public_ip
+        self._families = [FamilyRoutes(place, port) for place in places]
+        self._own_subnet: LeaseSubnet | None = None
         self._leases: dict[bytes, Lease] = {}
-        self._previous_mac: dict[bytes, MacAddress] = {}
         self._bad: dict[bytes, str] = {}
         self._quarantined: dict[bytes, str] = {}
         self._unconfirmed: dict[bytes, float] = {}
-        self._routes: dict[IPNetwork, Route] = {}
-        self._claims = _Claims()
 
-    def set_own_subnet(self, subnet: IPv4Network | None) -> tuple[RouteChange, ...]:
+    def set_own_subnet(self, subnet: LeaseSubnet | None) -> tuple[RouteChange, ...]:
         """Say which lease is ours; it and what overlaps it gets no route."""
         self._own_subnet = subnet
+        parts = {} if subnet is None else {part.version: part for part in subnet.parts}
+        for family in self._families:
+            family.own_subnet = parts.get(family.version)
         return self._settle()
 
     def put(self, kv: KeyValue) -> tuple[RouteChange, ...]:
@@ -54,16 +56,11 @@ class LeaseTable:
         if not self._store(kv):
             return ()
         lease = self._leases[kv.key]
-        if self._quarantined or self._is_own(lease) or self._why_unusable(lease):
+        if self._quarantined or self._is_own(lease) or _is_foreign(lease):
             return self._settle()
-        # Without conflicts the other routes stand; a new lease is the youngest, so it loses alone.
-        if not known and self._claims.claim(lease.subnet.ipv4, kv.key):
+        if not all(x.accept(kv.key, lease, known=known) for x in self._families):
             return self._settle()
-        old, new = self._routes.pop(lease.subnet.ipv4, None), self._route(kv.key, lease)
-        if new is None:
-            return (Delete(old.subnet),) if old is not None else ()
-        self._routes[new.subnet] = new
-        return (Replace(new),) if new != old else ()
+        return tuple(change for x in self._families for change in x.update(kv.key, lease))
 
     def delete(self, key: bytes) -> tuple[RouteChange, ...]:
         """Take in a delete event; an unknown key is fine."""
@@ -74,9 +71,7 @@ class LeaseTable:
         self._forget(key)
         if self._quarantined or self._is_own(lease):
             return self._settle()
-        self._claims.release(lease.subnet.ipv4)
-        gone = self._routes.pop(lease.subnet.ipv4, None)
-        return (Delete(gone.subnet),) if gone is not None else ()
+        return tuple(change for x in self._families for change in x.remove(lease))
 
     def reset(
         self, kvs: Iterable[KeyValue], *, same_history: bool = True, now: float = 0.0
@@ -105,13 +100,13 @@ class LeaseTable:
         """Let go of peers that stayed unconfirmed for too long."""
         due = [key for key, end in self._unconfirmed.items() if end <= now]
         for key in due:
-            log.warning("lease %s was not confirmed in a day: removed", _text(key))
+            log.warning("lease %s was not confirmed in a day: removed", text_of(key))
             self._forget(key)
         return self._settle() if due else ()
 
     def routes(self) -> tuple[Route, ...]:
         """Return the routes to all peers in use."""
-        return tuple(self._routes.values())
+        return tuple(route for x in self._families for route in x.routes.values())
 
     def leases(self) -> tuple[Lease, ...]:
         """Return all leases that could be read, quarantined ones included."""
@@ -119,20 +114,21 @@ class LeaseTable:
 
     def quarantined(self) -> Mapping[str, str]:
         """Return the reason by key for leases that are not used."""
-        return {_text(key): why for key, why in self._quarantined.items()}
+        return {text_of(key): why for key, why in self._quarantined.items()}
 
     def bad(self) -> Mapping[str, str]:
         """Return the reason by key for what is no lease."""
-        return {_text(key): why for key, why in self._bad.items()}
+        return {text_of(key): why for key, why in self._bad.items()}
 
     def unconfirmed(self) -> Mapping[str, float]:
         """Return the time by key until which peers are kept that etcd lost."""
-        return {_text(key): end for key, end in self._unconfirmed.items()}
+        return {text_of(key): end for key, end in self._unconfirmed.items()}
 
     def _forget(self, key: bytes) -> None:
         del self._leases[key]
-        self._previous_mac.pop(key, None)
         self._unconfirmed.pop(key, None)
+        for family in self._families:
+            family.forget(key)
 
     def _store(self, kv: KeyValue) -> bool:
         """Parse one entry; return whether it changes what is stored."""
@@ -146,22 +142,42 @@ class LeaseTable:
         self._leases[kv.key] = lease
         if old is None:
             return True
-        was, now = old.attributes.vtep, lease.attributes.vtep
-        if was is not None and (now is None or now.mac != was.mac):
-            self._previous_mac[kv.key] = was.mac
+        for family in self._families:
+            family.note_change(kv.key, old, lease)
         return old.attributes != lease.attributes or old.create_revision != lease.create_revision
 
     def _note_bad(self, key: bytes, why: str) -> None:
         if self._bad.get(key) != why:
             kept = "; the last good value stays in use" if key in self._leases else ""
-            log.warning("skipping %s: %s%s", _text(key), why, kept)
+            log.warning("skipping %s: %s%s", text_of(key), why, kept)
         self._bad[key] = why
 
     def _settle(self) -> tuple[RouteChange, ...]:
         """Derive the routes anew and return what differs."""
-        wanted: dict[IPNetwork, Route] = {}
-        quarantined: dict[bytes, str] = {}
-        self._claims = _Claims()
+        peers, foreign = self._peers()
+        changes = [change for x in self._families for change in x.settle(peers)]
+        quarantined = dict(foreign)
+        for family in self._families:
+            for key, why in family.quarantined.items():
+                quarantined[key] = f"{quarantined[key]}; {why}" if key in quarantined else why
+        unconfirmed = quarantined.keys() & self._unconfirmed.keys()
+        for key in unconfirmed:
+            log.warning(
+                "lease %s is not confirmed and %s: removed", text_of(key), quarantined.pop(key)
+            )
+            self._forget(key)
+        if unconfirmed:
+            # What such a lease held in its other family is free now.
+            return (*changes, *self._settle())
+        for key, why in quarantined.items():
+            if self._quarantined.get(key) != why:
+                log.warning("not using lease %s: %s", text_of(key), why)
+        self._quarantined = quarantined
+        return tuple(changes)
+
+    def _peers(self) -> tuple[list[tuple[bytes, Lease]], dict[bytes, str]]:
+        """Return the leases of other nodes, the first of conflicting ones to win, and why not."""
+        peers, foreign = [], {}
         # Revisions of a lost history say nothing about age: what etcd names now comes first.
         for key, lease in sorted(
             self._leases.items(),
@@ -169,100 +185,20 @@ class LeaseTable:
         ):
             if self._is_own(lease):
                 continue
-            why = self._why_unusable(lease) or self._claims.claim(lease.subnet.ipv4, key)
-            if why and key in self._unconfirmed:
-                log.warning("lease %s is not confirmed and %s: removed", _text(key), why)
-                self._forget(key)
-                continue
-            if why:
-                quarantined[key] = why
-                continue
-            route = self._route(key, lease)
-            if route is not None:
-                wanted[route.subnet] = route
-        for key, why in quarantined.items():
-            if self._quarantined.get(key) != why:
-                log.warning("not using lease %s: %s", _text(key), why)
-        self._quarantined = quarantined
-        changes: list[RouteChange] = [Delete(x) for x in self._routes if x not in wanted]
-        changes += [Replace(x) for x in wanted.values() if self._routes.get(x.subnet) != x]
-        self._routes = wanted
-        return tuple(changes)
-
-    def _route(self, key: bytes, lease: Lease) -> Route | None:
-        """Return the route to a peer, None until it has published a MAC."""
-        vtep = lease.attributes.vtep
-        if vtep is None:
-            return None
-        return Route(
-            subnet=lease.subnet.ipv4,
-            vtep_mac=vtep.mac,
-            underlay=lease.attributes.public_ip,
-            port=self._port,
-            previous_mac=self._previous_mac.get(key),
-        )
+            if _is_foreign(lease):
+                kind = lease.attributes.backend_type
+                foreign[key] = f"its BackendType is {kind!r}, not {BACKEND_TYPE!r}"
+            else:
+                peers.append((key, lease))
+        return peers, foreign
 
     def _is_own(self, lease: Lease) -> bool:
         return (
-            lease.subnet.ipv4 == self._own_subnet
+            self._own_subnet is not None
+            and lease.subnet.ipv4 == self._own_subnet.ipv4
             and lease.attributes.public_ip == self._own_public_ip
         )
 
-    def _why_unusable(self, lease: Lease) -> str | None:
-        address, subnet = lease.attributes.public_ip, lease.subnet.ipv4
-        if lease.attributes.backend_type != BACKEND_TYPE:
-            return f"its BackendType is {lease.attributes.backend_type!r}, not {BACKEND_TYPE!r}"
-        if address == self._own_public_ip:
-            return (
-                f"its PublicIP {address} is our own; another host uses the same address, or it is "
-                "an old lease of ours"
-            )
-        if address.is_unspecified or address.is_loopback or address.is_multicast:
-            return f"its PublicIP {address} cannot be a host's"
-        if address in self._network:
-            return f"its PublicIP {address} lies inside the overlay network {self._network}"
-        if not subnet.subnet_of(self._network):
-            return f"its subnet is not inside the network {self._network}"
-        if self._own_subnet is not None and subnet.overlaps(self._own_subnet):
-            return f"its subnet overlaps our own {self._own_subnet}"
-        return None
 
-
-class _Claims:
-    """Which lease holds which subnet; finds an overlap in as many look-ups as a prefix has bits."""
-
-    def __init__(self) -> None:
-        self._holder: dict[tuple[int, int], bytes] = {}
-        self._inside: dict[tuple[int, int], int] = {}
-
-    def claim(self, subnet: IPv4Network, key: bytes) -> str | None:
-        """Take the subnet, or return why it cannot be had."""
-        prefixes = _prefixes(subnet)
-        for prefix in prefixes:
-            if prefix in self._holder:
-                return f"its subnet overlaps that of the older lease {_text(self._holder[prefix])}"
-        if prefixes[0] in self._inside:
-            return "its subnet holds that of an older lease"
-        self._holder[prefixes[0]] = key
-        for prefix in prefixes:
-            self._inside[prefix] = self._inside.get(prefix, 0) + 1
-        return None
-
-    def release(self, subnet: IPv4Network) -> None:
-        """Give back a claimed subnet."""
-        prefixes = _prefixes(subnet)
-        del self._holder[prefixes[0]]
-        for prefix in prefixes:
-            self._inside[prefix] -= 1
-            if not self._inside[prefix]:
-                del self._inside[prefix]
-
-
-def _prefixes(subnet: IPv4Network) -> list[tuple[int, int]]:
-    """Return (length, leading bits) of a subnet and of every network around it."""
-    base = int(subnet.network_address)
-    return [(length, base >> 32 - length) for length in range(subnet.prefixlen, -1, -1)]
-
-
-def _text(key: bytes) -> str:
-    return key.decode("utf-8", "backslashreplace")
+def _is_foreign(lease: Lease) -> bool:
+    return lease.attributes.backend_type != BACKEND_TYPE

@@ -13,7 +13,7 @@ import random
 import time
 from collections import deque
 from dataclasses import dataclass
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, IPv6Address
 
 from pyflannel.control.etcd import Etcd, Snapshot
 from pyflannel.control.etcd_fault import EtcdRejected, EtcdUnavailable
@@ -33,8 +33,8 @@ from pyflannel.control.lease import (
     subnets_prefix,
 )
 from pyflannel.control.network_config import NetworkConfig
-from pyflannel.control.subnet_pool import choose_subnet, is_compatible
-from pyflannel.dataplane.route import MacAddress
+from pyflannel.control.subnet_pool import choose_subnet
+from pyflannel.dataplane.route import MacAddress, Vni
 
 log = logging.getLogger(__name__)
 
@@ -46,11 +46,27 @@ GRANTS_REMEMBERED = 16
 
 @dataclass(frozen=True, slots=True)
 class OwnIdentity:
-    """Who we are to the others, and the subnet that we had in our last run."""
+    """Who we are to the others, and the subnet that we had in our last run.
+
+    The IPv6 fields are None unless the network is dual stack.
+    """
 
     public_ip: IPv4Address
     vtep_mac: MacAddress
     previous: LeaseSubnet | None = None
+    public_ipv6: IPv6Address | None = None
+    vtep_mac_v6: MacAddress | None = None
+
+    def attributes(self, vni: Vni) -> LeaseAttributes:
+        """Return what our lease says about us."""
+        mac_v6 = self.vtep_mac_v6
+        return LeaseAttributes(
+            self.public_ip,
+            self.public_ipv6,
+            BACKEND_TYPE,
+            Vtep(self.vtep_mac, vni),
+            None if mac_v6 is None else Vtep(mac_v6, vni),
+        )
 
 
 class LeaseWriter:
@@ -69,8 +85,7 @@ class LeaseWriter:
         self._config = config
         self._identity = identity
         self._rng = rng
-        vtep = Vtep(identity.vtep_mac, config.backend.vni)
-        self.value = LeaseAttributes(identity.public_ip, None, BACKEND_TYPE, vtep).to_json()
+        self.value = identity.attributes(config.backend.vni).to_json()
         self.granted: deque[int] = deque(maxlen=GRANTS_REMEMBERED)
         """The etcd leases made here, the latest last."""
 
@@ -102,25 +117,24 @@ class LeaseWriter:
         taken = []
         for kv in snapshot.kvs:
             with contextlib.suppress(BadLease, UnicodeDecodeError):
-                taken.append(parse_subnet_key_untrusted(kv.key.decode()).ipv4)
+                taken.append(parse_subnet_key_untrusted(kv.key.decode()))
             lease = self._own_lease(kv)
             if lease is None:
                 continue
-            if is_compatible(self._config, lease.subnet):
+            if self._config.fits(lease.subnet):
                 return await self._reuse(lease)
             log.warning("our lease %s does not fit the network config: deleted", lease.subnet)
             await self._etcd.delete_if(kv.key.decode(), kv.mod_revision)
             return None
         previous = self._identity.previous
-        if previous is not None and not any(previous.ipv4.overlaps(x) for x in taken):
-            if is_compatible(self._config, previous):
+        if previous is not None and not any(previous.overlaps(x) for x in taken):
+            if self._config.fits(previous):
                 log.info("Found previously leased subnet (%s), reusing", previous.ipv4)
                 return await self._create(previous)
             log.warning("previous subnet %s does not fit the network config", previous.ipv4)
-        log.info(
-            "Picking subnet in range %s ... %s", self._config.subnet_min, self._config.subnet_max
-        )
-        return await self._create(LeaseSubnet(choose_subnet(self._config, taken, self._rng)))
+        for subnets in self._config.ranges:
+            log.info("Picking subnet in range %s ... %s", subnets.first, subnets.last)
+        return await self._create(choose_subnet(self._config, taken, self._rng))
 
     def _own_lease(self, kv: KeyValue) -> Lease | None:
         try:

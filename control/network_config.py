@@ -6,18 +6,19 @@ Does no I/O. An error names the key, the value and the rule it breaks. Source: s
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import Any
 
-from pyflannel.control.lease import fold_keys
+from pyflannel.control.lease import LeaseSubnet, fold_keys
 from pyflannel.dataplane.refusal import Refusal
-from pyflannel.dataplane.route import DEFAULT_PORT, Vni
+from pyflannel.dataplane.route import DEFAULT_PORT, IPAddress, IPNetwork, Vni
 
 DEFAULT_VNI = Vni(1)
 DEVICE_VNI_MAX = 9_999_999
-"""`flannel.<VNI>` must fit into the 15 bytes of an interface name (spec section 9.1)."""
+DEVICE_V6_VNI_MAX = 9_999
+"""`flannel.<VNI>` and `flannel-v6.<VNI>` must fit into the 15 bytes of an interface name."""
 
 
 class NetworkConfigError(Refusal):
@@ -37,23 +38,50 @@ class VxlanBackend:
 
 
 @dataclass(frozen=True, slots=True)
-class NetworkConfig:
-    """A valid configuration; the IPv6 fields are None unless `enable_ipv6`.
+class SubnetRange:
+    """The subnets of one family's network that may be leased.
 
-    `subnet_max` is the base of the last usable subnet, inclusive.
+    `last` is the base of the last one, inclusive; `length` is their prefix length.
     """
 
-    network: IPv4Network
-    subnet_min: IPv4Address
-    subnet_max: IPv4Address
-    subnet_len: int
+    network: IPNetwork
+    first: IPAddress
+    last: IPAddress
+    length: int
+
+    def fits(self, subnet: IPNetwork) -> bool:
+        """Whether a lease may have this subnet of the same family."""
+        return subnet.prefixlen == self.length and int(self.first) <= int(
+            subnet.network_address
+        ) <= int(self.last)
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkConfig:
+    """A valid configuration; `ipv6` is None unless the network is dual stack."""
+
+    ipv4: SubnetRange
+    ipv6: SubnetRange | None
     backend: VxlanBackend
-    enable_ipv6: bool = False
     enable_nftables: bool = False
-    ipv6_network: IPv6Network | None = None
-    ipv6_subnet_min: IPv6Address | None = None
-    ipv6_subnet_max: IPv6Address | None = None
-    ipv6_subnet_len: int | None = None
+
+    @property
+    def ranges(self) -> tuple[SubnetRange, ...]:
+        """The range of each family that is on, IPv4 first."""
+        return (self.ipv4,) if self.ipv6 is None else (self.ipv4, self.ipv6)
+
+    def fits(self, subnet: LeaseSubnet) -> bool:
+        """Whether a lease of this subnet has the families that are on, each within its range."""
+        if not self.ipv4.fits(subnet.ipv4) or (self.ipv6 is None) != (subnet.ipv6 is None):
+            return False
+        return self.ipv6 is None or subnet.ipv6 is None or self.ipv6.fits(subnet.ipv6)
+
+
+_ADDRESS: Mapping[int, Callable[[str], IPAddress]] = {4: IPv4Address, 6: IPv6Address}
+_NETWORK: Mapping[int, Callable[..., IPNetwork]] = {4: IPv4Network, 6: IPv6Network}
+_EXAMPLE = {4: "10.5.0.0/16", 6: "fc00::/48"}
+# By family: the prefix of its keys, its usual subnet length, the longest one.
+_KEYS = {4: ("", 24, 30), 6: ("IPv6", 64, 126)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,77 +129,68 @@ class _Object:
             raise self._error(key, "must be an object")
         return _Object(value, f"{self.path}{key}.")
 
-    def ipv4(self, key: str) -> IPv4Address | None:
+    def address(self, key: str, version: int) -> IPAddress | None:
         text = self.text(key)
         try:
-            return None if text is None else IPv4Address(text)
+            return None if text is None else _ADDRESS[version](text)
         except ValueError:
-            raise self._error(key, "must be an IPv4 address") from None
+            raise self._error(key, f"must be an IPv{version} address") from None
 
-    def ipv6(self, key: str) -> IPv6Address | None:
+    def network(self, key: str, version: int) -> IPNetwork:
         text = self.text(key)
         try:
-            return None if text is None else IPv6Address(text)
+            return _NETWORK[version](text if text and "/" in text else "", strict=False)
         except ValueError:
-            raise self._error(key, "must be an IPv6 address") from None
-
-    def ipv4_network(self, key: str) -> IPv4Network:
-        text = self.text(key)
-        try:
-            return IPv4Network(text if text and "/" in text else "", strict=False)
-        except ValueError:
-            raise self._error(key, "must be an IPv4 network such as 10.5.0.0/16") from None
-
-    def ipv6_network(self, key: str) -> IPv6Network | None:
-        text = self.text(key)
-        try:
-            return None if text is None else IPv6Network(text, strict=False)
-        except ValueError:
-            raise self._error(key, "must be an IPv6 network such as fc00::/48") from None
+            example = _EXAMPLE[version]
+            raise self._error(key, f"must be an IPv{version} network such as {example}") from None
 
     def fail(self, key: str, rule: str) -> NetworkConfigError:
         """Return the error for a member that breaks a rule between members."""
         return self._error(key, rule)
 
 
-def _subnet_length(
-    config: _Object, key: str, network_key: str, prefix: int, default: int, longest: int
-) -> int:
-    """Apply the length rules of spec section 3.2; `longest` is 30 or 126."""
+def _subnet_length(config: _Object, version: int, network: IPNetwork) -> int:
+    """Apply the length rules of spec section 3.2."""
+    prefix, usual, longest = _KEYS[version]
+    key = f"{prefix}SubnetLen"
     length = config.number(key, 0, 0, 255)
     if length == 0:
-        if prefix > longest - 2:
+        if network.prefixlen > longest - 2:
             raise config.fail(
-                network_key, f"is too small: its length must be at most {longest - 2}"
+                f"{prefix}Network", f"is too small: its length must be at most {longest - 2}"
             )
-        return default if prefix <= default - 2 else prefix + 2
+        return usual if network.prefixlen <= usual - 2 else network.prefixlen + 2
     if length > longest:
         raise config.fail(key, f"must be at most {longest}")
-    if length < prefix + 2:
-        raise config.fail(key, f"must be at least {prefix + 2}: the network must hold four subnets")
+    if length < network.prefixlen + 2:
+        raise config.fail(
+            key, f"must be at least {network.prefixlen + 2}: the network must hold four subnets"
+        )
     return length
 
 
-def _bounds(
-    config: _Object,
-    prefix: str,
-    network: tuple[int, int],
-    size: int,
-    given: tuple[int | None, int | None],
-) -> tuple[int, int]:
-    """Return first and last subnet base; `network` is its first and last address."""
-    first, last = network
-    low = first + size if given[0] in (None, 0) else given[0]
-    high = last + 1 - size if given[1] in (None, 0) else given[1]
-    assert low is not None and high is not None
-    for key, value in ((f"{prefix}SubnetMin", low), (f"{prefix}SubnetMax", high)):
+def _subnet_range(config: _Object, version: int) -> SubnetRange:
+    """Apply the rules of spec section 3.2 to one family's members."""
+    prefix = _KEYS[version][0]
+    network = config.network(f"{prefix}Network", version)
+    length = _subnet_length(config, version, network)
+    size = 1 << (network.max_prefixlen - length)
+    first, last = int(network[0]), int(network[-1])
+    bounds = []
+    for key, default in (
+        (f"{prefix}SubnetMin", first + size),
+        (f"{prefix}SubnetMax", last + 1 - size),
+    ):
+        given = config.address(key, version)
+        value = int(given) if given is not None and int(given) else default
         if not first <= value <= last:
             raise config.fail(key, f"must lie inside {prefix}Network")
         if value % size:
             raise config.fail(key, f"must be the base of a subnet of length {prefix}SubnetLen")
-    if low > high:
+        bounds.append(value)
+    if bounds[0] > bounds[1]:
         raise config.fail(f"{prefix}SubnetMin", f"must not be above {prefix}SubnetMax")
-    return low, high
+    return SubnetRange(network, network[bounds[0] - first], network[bounds[1] - first], length)
 
 
 def _parse_backend(config: _Object) -> VxlanBackend:
@@ -208,48 +227,18 @@ def parse_network_config_untrusted(text: bytes) -> NetworkConfig:
     if not config.boolean("EnableIPv4", True):
         raise config.fail("EnableIPv4", "etcd has no key for a lease without IPv4; set it to true")
     backend = _parse_backend(config)
-    network = config.ipv4_network("Network")
-    length = _subnet_length(config, "SubnetLen", "Network", network.prefixlen, 24, 30)
-    given = config.ipv4("SubnetMin"), config.ipv4("SubnetMax")
-    low, high = _bounds(
-        config,
-        "",
-        (int(network[0]), int(network[-1])),
-        1 << (32 - length),
-        (None if given[0] is None else int(given[0]), None if given[1] is None else int(given[1])),
-    )
-    ipv6: dict[str, Any] = {}
-    network6 = config.ipv6_network("IPv6Network")
+    ipv4 = _subnet_range(config, 4)
+    ipv6 = None
     if config.boolean("EnableIPv6", False):
-        if network6 is None:
-            raise config.fail("IPv6Network", "is required when EnableIPv6 is true")
-        length6 = _subnet_length(
-            config, "IPv6SubnetLen", "IPv6Network", network6.prefixlen, 64, 126
-        )
-        given6 = config.ipv6("IPv6SubnetMin"), config.ipv6("IPv6SubnetMax")
-        low6, high6 = _bounds(
-            config,
-            "IPv6",
-            (int(network6[0]), int(network6[-1])),
-            1 << (128 - length6),
-            (
-                None if given6[0] is None else int(given6[0]),
-                None if given6[1] is None else int(given6[1]),
-            ),
-        )
-        ipv6 = {
-            "enable_ipv6": True,
-            "ipv6_network": network6,
-            "ipv6_subnet_min": IPv6Address(low6),
-            "ipv6_subnet_max": IPv6Address(high6),
-            "ipv6_subnet_len": length6,
-        }
+        ipv6 = _subnet_range(config, 6)
+        if backend.vni > DEVICE_V6_VNI_MAX:
+            raise NetworkConfigError(
+                f"network config: Backend.VNI {backend.vni}: must be at most {DEVICE_V6_VNI_MAX} "
+                f"with EnableIPv6, as flannel-v6.{backend.vni} is too long for a device's name"
+            )
     return NetworkConfig(
-        network=network,
-        subnet_min=IPv4Address(low),
-        subnet_max=IPv4Address(high),
-        subnet_len=length,
+        ipv4=ipv4,
+        ipv6=ipv6,
         backend=backend,
         enable_nftables=config.boolean("EnableNFTables", False),
-        **ipv6,
     )

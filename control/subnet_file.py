@@ -18,23 +18,34 @@ from pyflannel.dataplane.route import IPNetwork
 log = logging.getLogger(__name__)
 
 
+_PREFIX = {4: "FLANNEL_", 6: "FLANNEL_IPV6_"}
+
+
 @dataclass(frozen=True, slots=True)
 class SubnetFile:
-    """The content of subnet.env; `mtu` in bytes, of packets inside the overlay."""
+    """The content of subnet.env; `mtu` in bytes, of packets inside the overlay.
 
-    network: IPv4Network
-    subnet: IPv4Network
+    `pairs` are each family's network and our subnet in it, IPv4 first.
+    """
+
+    pairs: tuple[tuple[IPNetwork, IPNetwork], ...]
     mtu: int
     ip_masq: bool
 
     def render(self) -> str:
         """Return the text, byte for byte as flannel writes it."""
-        return (
-            f"FLANNEL_NETWORK={self.network}\n"
-            f"FLANNEL_SUBNET={self.subnet.network_address + 1}/{self.subnet.prefixlen}\n"
-            f"FLANNEL_MTU={self.mtu}\n"
-            f"FLANNEL_IPMASQ={'true' if self.ip_masq else 'false'}\n"
-        )
+        lines = []
+        for network, subnet in self.pairs:
+            prefix = _PREFIX[network.version]
+            lines += [
+                f"{prefix}NETWORK={network}\n",
+                f"{prefix}SUBNET={subnet.network_address + 1}/{subnet.prefixlen}\n",
+            ]
+        lines += [
+            f"FLANNEL_MTU={self.mtu}\n",
+            f"FLANNEL_IPMASQ={'true' if self.ip_masq else 'false'}\n",
+        ]
+        return "".join(lines)
 
 
 def write_atomically(path: Path, content: bytes, mode: int) -> None:
@@ -78,10 +89,7 @@ def read_previous_networks(path: Path) -> tuple[tuple[IPNetwork, IPNetwork], ...
         found = variables_untrusted(path.read_text(encoding="utf-8"))
         return tuple(
             (ip_network(found[network]), ip_network(found[subnet], strict=False))
-            for network, subnet in (
-                ("FLANNEL_NETWORK", "FLANNEL_SUBNET"),
-                ("FLANNEL_IPV6_NETWORK", "FLANNEL_IPV6_SUBNET"),
-            )
+            for network, subnet in ((f"{x}NETWORK", f"{x}SUBNET") for x in _PREFIX.values())
             if network in found and subnet in found
         )
     except (OSError, ValueError):

@@ -1,14 +1,18 @@
-"""Which subnet to ask for: one of the free ones, at random. Does no I/O; spec section 5.2."""
+"""Which subnet to ask for: one of the free ones of each family, at random.
+
+Does no I/O. Source: spec section 5.2.
+"""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
-from ipaddress import IPv4Network
+from collections.abc import Iterable, Sequence
+from ipaddress import IPv4Network, IPv6Network
 
 from pyflannel.control.lease import LeaseSubnet
-from pyflannel.control.network_config import NetworkConfig
+from pyflannel.control.network_config import NetworkConfig, SubnetRange
 from pyflannel.dataplane.refusal import Refusal
+from pyflannel.dataplane.route import IPNetwork
 
 CANDIDATES = 100
 """flannel chooses among the first hundred free subnets."""
@@ -18,39 +22,42 @@ class SubnetsExhausted(Refusal):
     """Every subnet of the network has a lease."""
 
 
-def is_compatible(config: NetworkConfig, subnet: LeaseSubnet) -> bool:
-    """Whether a lease of this subnet fits the configuration."""
-    if subnet.ipv4.prefixlen != config.subnet_len:
-        return False
-    if not config.subnet_min <= subnet.ipv4.network_address <= config.subnet_max:
-        return False
-    return subnet.ipv6 is None
-
-
 def choose_subnet(
-    config: NetworkConfig, taken: Iterable[IPv4Network], rng: random.Random
-) -> IPv4Network:
-    """Return a subnet that overlaps none of `taken`; SubnetsExhausted if there is none."""
-    size = 1 << (32 - config.subnet_len)
+    config: NetworkConfig, taken: Sequence[LeaseSubnet], rng: random.Random
+) -> LeaseSubnet:
+    """Return a subnet whose parts overlap none of `taken`; SubnetsExhausted if there is none."""
+    ipv4 = _choose(config.ipv4, [subnet.ipv4 for subnet in taken], rng)
+    assert isinstance(ipv4, IPv4Network)
+    if config.ipv6 is None:
+        return LeaseSubnet(ipv4)
+    ipv6 = _choose(config.ipv6, [subnet.ipv6 for subnet in taken if subnet.ipv6 is not None], rng)
+    assert isinstance(ipv6, IPv6Network)
+    return LeaseSubnet(ipv4, ipv6)
+
+
+def _choose(subnets: SubnetRange, taken: Iterable[IPNetwork], rng: random.Random) -> IPNetwork:
+    network = subnets.network
+    size = 1 << (network.max_prefixlen - subnets.length)
     used: set[int] = set()
-    wide: list[IPv4Network] = []
-    for network in taken:
-        if network.prefixlen >= config.subnet_len:
-            used.add(int(network.network_address) // size)
+    wide: list[range] = []
+    for other in taken:
+        if other.prefixlen >= subnets.length:
+            used.add(int(other.network_address) // size)
         else:
-            wide.append(network)
-    free: list[IPv4Network] = []
-    for base in range(int(config.subnet_min), int(config.subnet_max) + 1, size):
-        if base // size in used:
+            wide.append(range(int(other[0]), int(other[-1]) + 1))
+    free: list[int] = []
+    base = int(subnets.first)
+    while base <= int(subnets.last) and len(free) < CANDIDATES:
+        around = next((addresses for addresses in wide if base in addresses), None)
+        if around is not None:
+            base = around.stop
             continue
-        candidate = IPv4Network((base, config.subnet_len))
-        if not any(candidate.subnet_of(network) for network in wide):
-            free.append(candidate)
-            if len(free) == CANDIDATES:
-                break
+        if base // size not in used:
+            free.append(base)
+        base += size
     if not free:
         raise SubnetsExhausted(
-            f"every subnet from {config.subnet_min} to {config.subnet_max} of {config.network} has "
+            f"every subnet from {subnets.first} to {subnets.last} of {network} has "
             "a lease; delete stale leases in etcd or configure a larger network"
         )
-    return rng.choice(free)
+    return type(network)((rng.choice(free), subnets.length))

@@ -13,6 +13,7 @@ PURE = (
     "etcd_fault",
     "etcd_session",
     "history",
+    "family_routes",
     "lease",
     "lease_table",
     "network_config",

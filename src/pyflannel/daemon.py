@@ -24,6 +24,7 @@ from pyflannel import metrics
 from pyflannel.control.etcd import Etcd
 from pyflannel.control.etcd_fault import EtcdRejected, EtcdUnavailable
 from pyflannel.control.etcd_tls import EtcdTls
+from pyflannel.control.family_routes import Place
 from pyflannel.control.lease import (
     BadLease,
     Lease,
@@ -83,7 +84,7 @@ async def _until_etcd_answers(what: str, attempt: Callable[[], Awaitable[T | Non
 
 
 def _check_supported(config: NetworkConfig, key: str) -> None:
-    if config.enable_ipv6:
+    if config.ipv6 is not None:
         raise Refusal(
             f"{key}: EnableIPv6 true: this version carries IPv4 only; set EnableIPv6 to false"
         )
@@ -147,10 +148,10 @@ class Daemon:
         if options.release_lease_on_exit:
             stack.push_async_callback(keeper.release)
         lease = await keeper.acquire()
-        network = config.network
-        table = LeaseTable(underlying.public_ip, network, config.backend.port)
+        network = config.ipv4.network
+        table = LeaseTable([Place(network, underlying.public_ip)], config.backend.port)
         self._table = table
-        table.set_own_subnet(lease.subnet.ipv4)
+        table.set_own_subnet(lease.subnet)
         await overlay.adopt(lease.subnet.ipv4)
         sync = RouteSync(etcd, options.etcd_prefix, table, overlay)
         await sync.first_snapshot()
@@ -171,7 +172,7 @@ class Daemon:
         log.info("Running backend.")
 
         async def adopt(own: Lease) -> None:
-            await overlay.apply(table.set_own_subnet(own.subnet.ipv4))
+            await overlay.apply(table.set_own_subnet(own.subnet))
             await overlay.adopt(own.subnet.ipv4)
             traffic.adopt([(network, own.subnet.ipv4)])
             self._write_subnet_file(config, own.subnet.ipv4, underlying.mtu)
@@ -257,14 +258,9 @@ class Daemon:
 
     def _write_subnet_file(self, config: NetworkConfig, subnet: IPv4Network, mtu: int) -> None:
         path = self._options.subnet_file
-        assert config.network is not None
+        pairs = ((config.ipv4.network, subnet),)
         try:
-            write_subnet_file(
-                path,
-                SubnetFile(
-                    network=config.network, subnet=subnet, mtu=mtu, ip_masq=self._options.ip_masq
-                ),
-            )
+            write_subnet_file(path, SubnetFile(pairs, mtu, self._options.ip_masq))
         except OSError as error:
             raise Refusal(
                 f"{path}: cannot be written ({error.strerror}); choose another with --subnet-file"

@@ -144,7 +144,7 @@ class Overlay:
         self._context: Context | None = None
         self._peer_routes = PeerRoutes(
             tun.name,
-            DirectRouting(config.network, config.subnet_len)
+            DirectRouting(config.ipv4.network, config.ipv4.length)
             if config.backend.direct_routing
             else None,
         )
@@ -183,12 +183,11 @@ class Overlay:
     def identify(self, mac: MacAddress) -> None:
         """Make the fast path of the node whose VTEP MAC this is; its FIB is empty."""
         options, config = self._options, self._config
-        assert config.network is not None
         self._context = Context(
             FastpathConfig(
                 vni=config.backend.vni,
                 mac=mac,
-                network=config.network,
+                network=config.ipv4.network,
                 anti_spoofing=AntiSpoofing[options.anti_spoofing.upper()],
                 ignore_reserved_bits=options.reserved_bits == "ignore",
                 peer_sources=options.peer_source,
@@ -198,13 +197,13 @@ class Overlay:
 
     async def adopt(self, subnet: IPv4Network) -> None:
         """Give the device the address of our subnet, the MTU and its queue, and bring it up."""
-        assert self._config.network is not None
+        assert isinstance(self._config.ipv4.network, IPv4Network)
         await self._netlink.configure_device(
             self.device,
             subnet.network_address,
             self.underlying.mtu,
             self._options.tun_queue_length,
-            self._config.network,
+            self._config.ipv4.network,
         )
 
     async def apply(self, changes: Sequence[RouteChange]) -> None:

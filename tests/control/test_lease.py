@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ipaddress import IPv4Address, IPv4Network, IPv6Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
 import pytest
 from hypothesis import given
@@ -12,6 +12,7 @@ from pyflannel.control.lease import (
     BadLease,
     KeyValue,
     LeaseAttributes,
+    LeasePart,
     LeaseSubnet,
     Vtep,
     config_key,
@@ -20,12 +21,18 @@ from pyflannel.control.lease import (
     parse_lease_untrusted,
     parse_subnet_key_untrusted,
 )
-from pyflannel.dataplane.route import MacAddress
+from pyflannel.control.lease_writer import OwnIdentity
+from pyflannel.dataplane.route import MacAddress, Vni
 
 # Written by flanneld, backend vxlan.
 GOLDEN = (
     b'{"PublicIP":"192.168.77.11","PublicIPv6":null,"BackendType":"vxlan",'
     b'"BackendData":{"VNI":1,"VtepMAC":"16:e4:a4:48:1f:d8"}}'
+)
+GOLDEN_DUAL = (
+    b'{"PublicIP":"192.168.77.11","PublicIPv6":"fd77::11","BackendType":"vxlan",'
+    b'"BackendData":{"VNI":1,"VtepMAC":"fe:80:96:2f:2c:42"},'
+    b'"BackendV6Data":{"VNI":1,"VtepMAC":"fe:73:35:2a:75:da"}}'
 )
 
 
@@ -34,6 +41,26 @@ def test_flannels_value_is_read_and_written_byte_for_byte() -> None:
     mac = MacAddress.parse("16:e4:a4:48:1f:d8")
     assert attributes == LeaseAttributes(IPv4Address("192.168.77.11"), None, "vxlan", Vtep(mac, 1))
     assert attributes.to_json() == GOLDEN
+
+
+def test_flannels_dual_stack_value_is_written_byte_for_byte_and_read_by_family() -> None:
+    identity = OwnIdentity(
+        IPv4Address("192.168.77.11"),
+        MacAddress.parse("fe:80:96:2f:2c:42"),
+        public_ipv6=IPv6Address("fd77::11"),
+        vtep_mac_v6=MacAddress.parse("fe:73:35:2a:75:da"),
+    )
+    assert identity.attributes(Vni(1)).to_json() == GOLDEN_DUAL
+    key = b"/coreos.com/network/subnets/10.244.100.0-24&2001:db8:42:3a::-64"
+    lease = parse_lease_untrusted(KeyValue(key, GOLDEN_DUAL, 1, 1, 1, 0))
+    assert lease.part(4) == LeasePart(
+        IPv4Network("10.244.100.0/24"), identity.public_ip, Vtep(identity.vtep_mac, 1)
+    )
+    assert lease.part(6) == LeasePart(
+        IPv6Network("2001:db8:42:3a::/64"),
+        IPv6Address("fd77::11"),
+        Vtep(MacAddress.parse("fe:73:35:2a:75:da"), 1),
+    )
 
 
 @pytest.mark.parametrize(

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import logging
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyflannel.control.lease import KeyValue, LeaseAttributes, Vtep
+from pyflannel.control.family_routes import Place
+from pyflannel.control.lease import KeyValue, LeaseAttributes, LeaseSubnet, Vtep
 from pyflannel.control.lease_table import LeaseTable
 from pyflannel.dataplane.route import Delete, MacAddress, Replace, Route
 
 OWN_IP = IPv4Address("192.0.2.1")
+OWN_SUBNET = LeaseSubnet(IPv4Network("10.5.1.0/24"))
 NETWORK = IPv4Network("10.5.0.0/16")
 SUBNETS = b"/coreos.com/network/subnets/"
 
@@ -42,8 +44,8 @@ def route(subnet: str, ip: str = "192.0.2.2", mac: int = 2, previous: int | None
 
 @pytest.fixture
 def table() -> LeaseTable:
-    made = LeaseTable(OWN_IP, NETWORK, 8472)
-    made.set_own_subnet(IPv4Network("10.5.1.0/24"))
+    made = LeaseTable([Place(NETWORK, OWN_IP)], 8472)
+    made.set_own_subnet(OWN_SUBNET)
     return made
 
 
@@ -173,14 +175,109 @@ def test_the_older_of_two_overlapping_leases_wins_until_it_goes(table: LeaseTabl
 
 
 def test_a_dual_stack_key_gives_its_ipv4_part(table: LeaseTable) -> None:
-    assert table.put(kv("10.5.2.0-24&fd00:2::-64", value())) == (Replace(route("10.5.2.0/24")),)
+    assert table.put(kv("10.5.2.0-24&fd00:2::-64", dual())) == (Replace(route("10.5.2.0/24")),)
+    assert table.delete(SUBNETS + b"10.5.2.0-24&fd00:2::-64") == (
+        Delete(IPv4Network("10.5.2.0/24")),
+    )
+
+
+def dual(ip: str = "192.0.2.2", ipv6: str | None = "2001:db8::2", mac: int = 2) -> bytes:
+    vtep, vtep_v6 = (Vtep(MacAddress(bytes([2, last, 0, 0, 0, mac])), 1) for last in (0, 6))
+    address = None if ipv6 is None else IPv6Address(ipv6)
+    return LeaseAttributes(IPv4Address(ip), address, "vxlan", vtep, vtep_v6).to_json()
+
+
+def route_v6(subnet: str, ip: str = "2001:db8::2", mac: int = 2) -> Route:
+    octets = bytes([2, 6, 0, 0, 0, mac])
+    return Route(IPv6Network(subnet), MacAddress(octets), IPv6Address(ip), 8472)
+
+
+def dual_table() -> LeaseTable:
+    ipv6 = Place(IPv6Network("fd00::/32"), IPv6Address("2001:db8::1"))
+    made = LeaseTable([Place(NETWORK, OWN_IP), ipv6], 8472)
+    made.set_own_subnet(LeaseSubnet(OWN_SUBNET.ipv4, IPv6Network("fd00:0:1::/64")))
+    return made
+
+
+@pytest.fixture
+def both() -> LeaseTable:
+    return dual_table()
+
+
+def test_a_dual_stack_lease_comes_moves_and_goes(both: LeaseTable) -> None:
+    key = "10.5.2.0-24&fd00:0:2::-64"
+    added = both.put(kv(key, dual()))
+    assert added == (Replace(route("10.5.2.0/24")), Replace(route_v6("fd00:0:2::/64")))
+    assert both.put(kv(key, dual(), 2, 1)) == ()
+    moved = both.put(kv(key, dual(ipv6="2001:db8::9"), 3, 1))
+    assert moved == (Replace(route_v6("fd00:0:2::/64", "2001:db8::9")),)
+    assert both.put(kv(key, dual(ipv6=None), 4, 1)) == (Delete(IPv6Network("fd00:0:2::/64")),)
+    assert both.put(kv(key, dual(), 5, 1)) == (Replace(route_v6("fd00:0:2::/64")),)
+    assert both.delete(SUBNETS + key.encode()) == (
+        Delete(IPv4Network("10.5.2.0/24")),
+        Delete(IPv6Network("fd00:0:2::/64")),
+    )
+    assert both.put(kv("10.5.3.0-24", value())) == (Replace(route("10.5.3.0/24")),)
+
+
+@pytest.mark.parametrize(
+    ("key", "octets", "why"),
+    [
+        ("10.5.9.0-24&fd00:0:2::-80", dual("192.0.2.9"), "overlaps"),
+        ("10.5.9.0-24&fd00:0:1::-64", dual("192.0.2.9"), "our own"),
+        ("10.5.9.0-24&fd01::-64", dual("192.0.2.9"), "not inside"),
+        ("10.5.9.0-24&fd00:0:9::-64", dual("192.0.2.9", "2001:db8::1"), "is our own"),
+        ("10.5.9.0-24&fd00:0:9::-64", dual("192.0.2.9", "fd00::7"), "inside the overlay"),
+        ("10.5.9.0-24&fd00:0:9::-64", dual("192.0.2.9", "ff02::1"), "cannot be a host's"),
+    ],
+)
+def test_a_conflict_in_ipv6_leaves_ipv4_alone(
+    both: LeaseTable, key: str, octets: bytes, why: str
+) -> None:
+    first = "10.5.2.0-24&fd00:0:2::-64"
+    both.put(kv(first, dual()))
+    assert both.put(kv(key, octets, 50)) == (Replace(route("10.5.9.0/24", "192.0.2.9")),)
+    assert why in both.quarantined()[(SUBNETS + key.encode()).decode()]
+    assert both.reset([kv(first, dual()), kv(key, octets, 50)]) == ()
+    assert both.delete(SUBNETS + key.encode()) == (Delete(IPv4Network("10.5.9.0/24")),)
+    assert both.quarantined() == {}
+    assert set(both.routes()) == {route("10.5.2.0/24"), route_v6("fd00:0:2::/64")}
+
+
+def test_an_unconfirmed_lease_yields_in_both_families(both: LeaseTable) -> None:
+    key = "10.5.2.0-24&fd00:0:2::-64"
+    both.reset([kv(key, dual())])
+    both.reset([], same_history=False)
+    changes = both.put(kv("10.5.9.0-24&fd00:0:2::-64", dual("192.0.2.9", "2001:db8::9"), 2))
+    assert Delete(IPv4Network("10.5.2.0/24")) in changes
+    assert set(both.routes()) == {
+        route("10.5.9.0/24", "192.0.2.9"),
+        route_v6("fd00:0:2::/64", "2001:db8::9"),
+    }
 
 
 _KEYS = st.sampled_from(
-    ["10.5.2.0-24", "10.5.3.0-24", "10.5.2.0-25", "10.5.0.0-22", "10.5.1.0-24", "foo"]
+    [
+        "10.5.2.0-24",
+        "10.5.3.0-24&fd00:0:2::-64",
+        "10.5.2.0-25&fd00:0:2::-64",
+        "10.5.0.0-22",
+        "10.5.1.0-24&fd00:0:9::-64",
+        "10.5.4.0-24&fd00::-40",
+        "foo",
+    ]
 )
 _VALUES = st.sampled_from(
-    [value(), value("192.0.2.3", 3), value(str(OWN_IP), 4), value("10.5.7.7", 5), b"{bad", b"{}"]
+    [
+        value(),
+        value("10.5.7.7", 5),
+        dual("192.0.2.3", "2001:db8::3", 3),
+        dual(str(OWN_IP), mac=4),
+        dual("192.0.2.6", "fd00::1", 6),
+        dual("192.0.2.7", None, 7),
+        b"{bad",
+        b"{}",
+    ]
 )
 
 
@@ -188,8 +285,7 @@ _VALUES = st.sampled_from(
 @settings(deadline=None)
 def test_events_lead_where_a_snapshot_would(events: list[tuple[str, bytes, bool]]) -> None:
     """The changes of any history, applied in order, give the routes; and a fresh table agrees."""
-    table = LeaseTable(OWN_IP, NETWORK, 8472)
-    table.set_own_subnet(IPv4Network("10.5.1.0/24"))
+    table = dual_table()
     store: dict[str, KeyValue] = {}
     programmed: dict[object, Route] = {}
     for revision, (key, octets, deleted) in enumerate(events, 1):
@@ -208,8 +304,7 @@ def test_events_lead_where_a_snapshot_would(events: list[tuple[str, bytes, bool]
     assert set(programmed.values()) == set(table.routes())
     good = {name: entry for name, entry in store.items() if entry.value not in (b"{bad", b"{}")}
     if len(good) == len(store):
-        fresh = LeaseTable(OWN_IP, NETWORK, 8472)
-        fresh.set_own_subnet(IPv4Network("10.5.1.0/24"))
+        fresh = dual_table()
         fresh.reset(store.values())
         assert {(x.subnet, x.vtep_mac, x.underlay) for x in fresh.routes()} == {
             (x.subnet, x.vtep_mac, x.underlay) for x in table.routes()

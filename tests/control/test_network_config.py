@@ -12,18 +12,19 @@ from pyflannel.control.network_config import (
     parse_network_config_untrusted,
 )
 
+DUAL = '"Network":"10.3.0.0/16","EnableIPv6":true'
 VXLAN = '"Backend":{"Type":"vxlan"}'
 
 
 def test_defaults_and_key_names_in_any_case() -> None:
     text = b'{ "network": "10.3.0.0/16", "backend": {"type": "VXLAN"}, "unknown": 1}'
     config = parse_network_config_untrusted(text)
-    assert config.network == IPv4Network("10.3.0.0/16")
-    assert (config.subnet_min, config.subnet_max) == (
+    assert config.ipv4.network == IPv4Network("10.3.0.0/16")
+    assert (config.ipv4.first, config.ipv4.last) == (
         IPv4Address("10.3.1.0"),
         IPv4Address("10.3.255.0"),
     )
-    assert config.subnet_len == 24
+    assert config.ipv4.length == 24
     assert config.backend == VxlanBackend(port=8472)
 
 
@@ -34,8 +35,8 @@ def test_given_bounds_are_kept() -> None:
             f'"SubnetLen":28,{VXLAN}}}'
         ).encode()
     )
-    assert (str(config.subnet_min), str(config.subnet_max)) == ("10.3.5.0", "10.3.8.0")
-    assert config.subnet_len == 28
+    assert (str(config.ipv4.first), str(config.ipv4.last)) == ("10.3.5.0", "10.3.8.0")
+    assert config.ipv4.length == 28
 
 
 def test_ipv6_defaults() -> None:
@@ -44,27 +45,28 @@ def test_ipv6_defaults() -> None:
             '{"Network":"10.3.0.0/16","enableIPv6":true,"ipv6Network":"fc00::/48",' + VXLAN + "}"
         ).encode()
     )
-    assert config.ipv6_subnet_len == 64
-    assert config.ipv6_subnet_min == IPv6Address("fc00:0:0:1::")
-    assert config.ipv6_subnet_max == IPv6Address("fc00:0:0:ffff::")
+    assert config.ipv6 is not None
+    assert config.ipv6.length == 64
+    assert config.ipv6.first == IPv6Address("fc00:0:0:1::")
+    assert config.ipv6.last == IPv6Address("fc00:0:0:ffff::")
 
 
 def test_what_k3s_writes_is_read() -> None:
     text = '{"Network":"10.42.0.0/16","EnableIPv6":false,"EnableIPv4":true,"IPv6Network":"::/0",'
-    assert parse_network_config_untrusted(f"{text}{VXLAN}}}".encode()).subnet_len == 24
+    assert parse_network_config_untrusted(f"{text}{VXLAN}}}".encode()).ipv4.length == 24
 
 
 def test_network_is_masked_the_last_key_wins_and_null_is_absent() -> None:
     config = parse_network_config_untrusted(
         f'{{"Network":"10.9.0.0/16","network":"10.5.7.9/16","SubnetLen":null,{VXLAN}}}'.encode()
     )
-    assert str(config.network) == "10.5.0.0/16"
+    assert str(config.ipv4.network) == "10.5.0.0/16"
 
 
 @pytest.mark.parametrize(("prefix", "length"), [(8, 24), (22, 24), (23, 25), (28, 30)])
 def test_default_subnet_length(prefix: int, length: int) -> None:
     text = f'{{"Network":"10.0.0.0/{prefix}",{VXLAN}}}'
-    assert parse_network_config_untrusted(text.encode()).subnet_len == length
+    assert parse_network_config_untrusted(text.encode()).ipv4.length == length
 
 
 @pytest.mark.parametrize(
@@ -97,6 +99,20 @@ def test_default_subnet_length(prefix: int, length: int) -> None:
         ('{"Network":"10.3.0.0/16","Backend":{"Type":"vxlan","GBP":true}}', "Backend.GBP true"),
         (f'{{"Network":"10.3.0.0/16","EnableIPv4":false,{VXLAN}}}', "EnableIPv4 false"),
         (f'{{"Network":"10.3.0.0/16","EnableIPv6":true,{VXLAN}}}', "IPv6Network null"),
+        (f'{{{DUAL},"IPv6Network":"10.4.0.0/16",{VXLAN}}}', 'IPv6Network "10.4.0.0/16"'),
+        (f'{{{DUAL},"IPv6Network":"fc00::/125",{VXLAN}}}', "at most 124"),
+        (
+            f'{{{DUAL},"IPv6Network":"fc00::/48","IPv6SubnetLen":127,{VXLAN}}}',
+            "IPv6SubnetLen 127: must be at most 126",
+        ),
+        (
+            f'{{{DUAL},"IPv6Network":"fc00::/48","IPv6SubnetMin":"fc00::1:0:0:0:1",{VXLAN}}}',
+            "base of a subnet of length IPv6SubnetLen",
+        ),
+        (
+            f'{{{DUAL},"IPv6Network":"fc00::/48","Backend":{{"Type":"vxlan","VNI":10000}}}}',
+            "flannel-v6.10000",
+        ),
     ],
 )
 def test_errors_name_key_value_and_rule(text: str, named: str) -> None:

@@ -1,0 +1,203 @@
+"""What one address family uses of the leases: which are sound, which hold a subnet, which routes.
+
+Does no I/O and knows no keys of etcd beyond their bytes. A lease that conflicts in one family is
+quarantined there and used in the other. Source: decisions 10, 14.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from pyflannel.control.lease import Lease, LeasePart
+from pyflannel.dataplane.route import (
+    Delete,
+    IPAddress,
+    IPNetwork,
+    MacAddress,
+    Replace,
+    Route,
+    RouteChange,
+)
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where we are in one family: its overlay network, and the address that peers know us by."""
+
+    network: IPNetwork
+    public_ip: IPAddress
+
+
+class FamilyRoutes:
+    """The routes of one family; every lease given to it is a peer's and of our backend."""
+
+    def __init__(self, place: Place, port: int) -> None:
+        self.version = place.network.version
+        self.own_subnet: IPNetwork | None = None
+        self.routes: dict[IPNetwork, Route] = {}
+        self.quarantined: Mapping[bytes, str] = {}
+        self._network = place.network
+        self._own_public_ip = place.public_ip
+        self._port = port
+        self._previous_mac: dict[bytes, MacAddress] = {}
+        self._claims = _Claims(place.network.prefixlen)
+
+    def note_change(self, key: bytes, old: Lease, new: Lease) -> None:
+        """Remember the MAC that packets under way still carry."""
+        was, now = _mac(old, self.version), _mac(new, self.version)
+        if was is not None and now != was:
+            self._previous_mac[key] = was
+
+    def forget(self, key: bytes) -> None:
+        """Drop what is remembered of a key that is gone."""
+        self._previous_mac.pop(key, None)
+
+    def accept(self, key: bytes, lease: Lease, *, known: bool) -> bool:
+        """Take the subnet of a lease that came or changed while nothing is quarantined.
+
+        False when other leases are concerned, and only `settle` can say which of them counts.
+        """
+        part = lease.part(self.version)
+        if part is None:
+            return True
+        if self._why_unusable(part):
+            return False
+        # Without conflicts the other routes stand; a new lease is the youngest, so it loses alone.
+        return known or self._claims.claim(part.subnet, key) is None
+
+    def update(self, key: bytes, lease: Lease) -> tuple[RouteChange, ...]:
+        """Route to a lease that every family has accepted."""
+        part = lease.part(self.version)
+        if part is None:
+            return ()
+        old, new = self.routes.pop(part.subnet, None), self._route(key, part)
+        if new is None:
+            return (Delete(old.subnet),) if old is not None else ()
+        self.routes[new.subnet] = new
+        return (Replace(new),) if new != old else ()
+
+    def remove(self, lease: Lease) -> tuple[RouteChange, ...]:
+        """Take out a lease while nothing is quarantined."""
+        part = lease.part(self.version)
+        if part is None:
+            return ()
+        self._claims.release(part.subnet)
+        gone = self.routes.pop(part.subnet, None)
+        return (Delete(gone.subnet),) if gone is not None else ()
+
+    def settle(self, leases: Iterable[tuple[bytes, Lease]]) -> tuple[RouteChange, ...]:
+        """Derive everything anew from all leases, the first of conflicting ones wins."""
+        wanted: dict[IPNetwork, Route] = {}
+        quarantined: dict[bytes, str] = {}
+        self._claims = _Claims(self._network.prefixlen)
+        for key, lease in leases:
+            part = lease.part(self.version)
+            if part is None:
+                continue
+            why = self._why_unusable(part) or self._claims.claim(part.subnet, key)
+            if why:
+                quarantined[key] = why
+                continue
+            route = self._route(key, part)
+            if route is not None:
+                wanted[route.subnet] = route
+        self.quarantined = quarantined
+        changes: list[RouteChange] = [Delete(x) for x in self.routes if x not in wanted]
+        changes += [Replace(x) for x in wanted.values() if self.routes.get(x.subnet) != x]
+        self.routes = wanted
+        return tuple(changes)
+
+    def _route(self, key: bytes, part: LeasePart) -> Route | None:
+        """Return the route to a peer, None until it has published address and MAC."""
+        if part.vtep is None or part.public_ip is None:
+            return None
+        return Route(
+            subnet=part.subnet,
+            vtep_mac=part.vtep.mac,
+            underlay=part.public_ip,
+            port=self._port,
+            previous_mac=self._previous_mac.get(key),
+        )
+
+    def _why_unusable(self, part: LeasePart) -> str | None:
+        subnet = part.subnet
+        if part.public_ip is not None and (why := self._why_not_a_peer(part.public_ip)):
+            return why
+        if not _contains(self._network, subnet):
+            return f"its subnet {subnet} is not inside the network {self._network}"
+        if self.own_subnet is not None and subnet.overlaps(self.own_subnet):
+            return f"its subnet {subnet} overlaps our own {self.own_subnet}"
+        return None
+
+    def _why_not_a_peer(self, address: IPAddress) -> str | None:
+        name = "PublicIP" if self.version == 4 else "PublicIPv6"
+        if address == self._own_public_ip:
+            return (
+                f"its {name} {address} is our own; another host uses the same address, or it is "
+                "an old lease of ours"
+            )
+        if address.is_unspecified or address.is_loopback or address.is_multicast:
+            return f"its {name} {address} cannot be a host's"
+        if address in self._network:
+            return f"its {name} {address} lies inside the overlay network {self._network}"
+        return None
+
+
+def _mac(lease: Lease, version: int) -> MacAddress | None:
+    part = lease.part(version)
+    return None if part is None or part.vtep is None else part.vtep.mac
+
+
+def _contains(network: IPNetwork, subnet: IPNetwork) -> bool:
+    return subnet.prefixlen >= network.prefixlen and subnet.network_address in network
+
+
+class _Claims:
+    """Which lease holds which subnet; an overlap is found in a look-up for each bit of a prefix.
+
+    All subnets lie in one network, so bits above `shortest`, its length, tell nothing.
+    """
+
+    def __init__(self, shortest: int) -> None:
+        self._shortest = shortest
+        self._holder: dict[tuple[int, int], bytes] = {}
+        self._inside: dict[tuple[int, int], int] = {}
+
+    def claim(self, subnet: IPNetwork, key: bytes) -> str | None:
+        """Take the subnet, or return why it cannot be had."""
+        prefixes = self._prefixes(subnet)
+        for prefix in prefixes:
+            if prefix in self._holder:
+                return (
+                    f"its subnet overlaps that of the older lease {text_of(self._holder[prefix])}"
+                )
+        if prefixes[0] in self._inside:
+            return "its subnet holds that of an older lease"
+        self._holder[prefixes[0]] = key
+        for prefix in prefixes:
+            self._inside[prefix] = self._inside.get(prefix, 0) + 1
+        return None
+
+    def release(self, subnet: IPNetwork) -> None:
+        """Give back a claimed subnet."""
+        prefixes = self._prefixes(subnet)
+        del self._holder[prefixes[0]]
+        for prefix in prefixes:
+            self._inside[prefix] -= 1
+            if not self._inside[prefix]:
+                del self._inside[prefix]
+
+    def _prefixes(self, subnet: IPNetwork) -> list[tuple[int, int]]:
+        """Return (length, leading bits) of a subnet and of every network around it."""
+        base, bits = int(subnet.network_address), subnet.max_prefixlen
+        lengths = range(subnet.prefixlen, self._shortest - 1, -1)
+        return [(length, base >> bits - length) for length in lengths]
+
+
+def text_of(key: bytes) -> str:
+    """Return a key for people to read."""
+    return key.decode("utf-8", "backslashreplace")
