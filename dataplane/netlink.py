@@ -132,14 +132,16 @@ class Netlink:
         return str(self._ipr.get_links(index)[0].get("ifname"))
 
     async def route_to(self, address: IPv4Address) -> Reach | None:
-        """Return how the kernel would send to an address, None where it cannot."""
+        """Return how the kernel would send to an address, None where it cannot or must not."""
         return await self.run(self._route_to, address)
 
     def _route_to(self, address: IPv4Address) -> Reach | None:
         try:
             routes = self._ipr.route("get", dst=str(address))
         except Exception as error:
-            if getattr(error, "code", None) in (errno.ENETUNREACH, errno.EHOSTUNREACH):
+            # The last two are the answers of a blackhole and of a prohibiting route.
+            no_route = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EINVAL, errno.EACCES)
+            if getattr(error, "code", None) in no_route:
                 return None
             raise
         source, gateway = routes[0].get("prefsrc"), routes[0].get("gateway")

@@ -12,14 +12,20 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 
-from pyflannel import docker_opts
+from pyflannel import docker_opts, show
 from pyflannel.dataplane.refusal import Refusal
 from pyflannel.log import set_up_log
 from pyflannel.options import HelpRequested, UsageError, VersionRequested, parse_options
 
 log = logging.getLogger(__name__)
 
-COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {"docker-opts": docker_opts.main}
+COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {
+    "docker-opts": docker_opts.main,
+    "leases": show.leases_main,
+    "peers": show.peers_main,
+    "status": show.status_main,
+    "trace": show.trace_main,
+}
 """Sub-commands: what runs each on the words behind its name, and returns the exit code."""
 
 
@@ -30,6 +36,12 @@ def _run_command(name: str, argv: Sequence[str]) -> int:
         return 2
     try:
         return COMMANDS[name](argv)
+    except HelpRequested as text:
+        print(text)
+        return 0
+    except UsageError as error:
+        print(f"pyflannel-udp {name}: {error}", file=sys.stderr)
+        return 2
     except Refusal as error:
         print(f"pyflannel-udp {name}: {error}", file=sys.stderr)
         return 1

@@ -20,19 +20,13 @@ from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 from typing import TypeVar
 
-from pyflannel import metrics
+from pyflannel import metrics, status
 from pyflannel.control.etcd import Etcd
 from pyflannel.control.etcd_fault import EtcdRejected, EtcdUnavailable
-from pyflannel.control.etcd_tls import EtcdTls
 from pyflannel.control.family_routes import Place
-from pyflannel.control.lease import (
-    BadLease,
-    Lease,
-    config_key,
-    parse_lease_untrusted,
-    subnets_prefix,
-)
+from pyflannel.control.lease import Lease, config_key
 from pyflannel.control.lease_keeper import LeaseKeeper
+from pyflannel.control.lease_list import read_leases
 from pyflannel.control.lease_table import LeaseTable
 from pyflannel.control.lease_writer import OwnIdentity
 from pyflannel.control.network_config import NetworkConfig, parse_network_config_untrusted
@@ -44,11 +38,13 @@ from pyflannel.control.subnet_file import (
     write_subnet_file,
 )
 from pyflannel.control.vtep_identity import load_vtep_mac, pick_vtep_mac, save_vtep_mac
-from pyflannel.dataplane.fastpath import Context
+from pyflannel.control_socket import ControlServer, socket_path
 from pyflannel.dataplane.netlink import Netlink
 from pyflannel.dataplane.refusal import Refusal
-from pyflannel.dataplane.route import MacAddress
-from pyflannel.health import HealthServer, Readiness
+from pyflannel.dataplane.route import MacAddress, Vni
+from pyflannel.etcd_access import etcd_client
+from pyflannel.health import HealthServer
+from pyflannel.node import Node
 from pyflannel.notify import notify
 from pyflannel.options import Options, unserved_flags
 from pyflannel.overlay import Overlay, choose_underlay, remove_kernel_device
@@ -105,10 +101,9 @@ class Daemon:
     def __init__(self, options: Options, stack: contextlib.AsyncExitStack) -> None:
         self._options = options
         self._stack = stack
-        self._readiness = Readiness()
+        self._node = Node(options)
+        self._readiness = self._node.readiness
         self._lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._context: Context | None = None
-        self._table: LeaseTable | None = None
 
     async def start_and_run(self) -> None:
         """Bring the node up and keep it up; returns never, raises Refusal."""
@@ -116,15 +111,11 @@ class Daemon:
         for sentence in unserved_flags(options):
             log.warning("%s", sentence)
         await self._serve_health()
-        etcd = Etcd(
-            options.etcd_endpoints,
-            tls=EtcdTls(options.etcd_cafile, options.etcd_certfile, options.etcd_keyfile),
-            username=options.etcd_username,
-            password=options.etcd_password,
-        )
+        node = self._node
+        etcd = node.etcd = etcd_client(options)
         stack.push_async_callback(etcd.close)
-        config = await self._read_config(etcd)
-        netlink = await stack.enter_async_context(Netlink())
+        config = node.config = await self._read_config(etcd)
+        netlink = node.netlink = await stack.enter_async_context(Netlink())
         underlying = await choose_underlay(options, netlink, config)
         device = f"flannel.{config.backend.vni}"
         kernel_mac = await remove_kernel_device(
@@ -135,8 +126,10 @@ class Daemon:
         )
         mac = await self._own_mac(etcd, device, underlying.public_ip, kernel_mac)
         overlay.identify(mac)
-        self._context = overlay.context
-        keeper = LeaseKeeper(
+        node.overlays.append(overlay)
+        stack.callback(node.overlays.clear)
+        await self._serve_control(config.backend.vni)
+        keeper = node.keeper = LeaseKeeper(
             etcd,
             options.etcd_prefix,
             config,
@@ -149,11 +142,10 @@ class Daemon:
             stack.push_async_callback(keeper.release)
         lease = await keeper.acquire()
         network = config.ipv4.network
-        table = LeaseTable([Place(network, underlying.public_ip)], config.backend.port)
-        self._table = table
+        table = node.table = LeaseTable([Place(network, underlying.public_ip)], config.backend.port)
         table.set_own_subnet(lease.subnet)
         await overlay.adopt(lease.subnet.ipv4)
-        sync = RouteSync(etcd, options.etcd_prefix, table, overlay)
+        sync = node.sync = RouteSync(etcd, options.etcd_prefix, table, overlay)
         await sync.first_snapshot()
         await overlay.reconcile(table.routes())
         overlay.forward(self._on_tun_lost)
@@ -201,8 +193,17 @@ class Daemon:
             await server.start()
             self._stack.push_async_callback(server.close)
 
+    async def _serve_control(self, vni: Vni) -> None:
+        server = ControlServer(
+            socket_path(self._options.control_dir, vni), status.requests(self._node)
+        )
+        await server.start()
+        self._stack.push_async_callback(server.close)
+
     def _metrics(self) -> bytes:
-        return metrics.render(self._context, self._table, self._readiness)
+        node = self._node
+        context = node.overlays[0].context if node.overlays else None
+        return metrics.render(context, node.table, self._readiness)
 
     async def _read_config(self, etcd: Etcd) -> NetworkConfig:
         key = config_key(self._options.etcd_prefix)
@@ -230,20 +231,13 @@ class Daemon:
     ) -> MacAddress:
         path = self._options.state_dir / f"{device}.json"
         machine_id = MACHINE_ID.read_text().strip() if MACHINE_ID.exists() else ""
-
-        async def read() -> Sequence[Lease]:
-            snapshot = await etcd.snapshot(subnets_prefix(self._options.etcd_prefix) + "/")
-            leases = []
-            for kv in snapshot.kvs:
-                with contextlib.suppress(BadLease):
-                    leases.append(parse_lease_untrusted(kv))
-            return leases
-
-        leases = await _until_etcd_answers("the list of leases in etcd", read)
+        found = await _until_etcd_answers(
+            "the list of leases in etcd", lambda: read_leases(etcd, self._options.etcd_prefix)
+        )
         mac, origin = pick_vtep_mac(
             load_vtep_mac(path, machine_id),
             kernel_mac,
-            _lease_mac(leases, public_ip),
+            _lease_mac(found.leases, public_ip),
             os.urandom,
         )
         try:

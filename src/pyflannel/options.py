@@ -149,6 +149,13 @@ FLAGS: tuple[Flag, ...] = (
     ),
     Flag("release-lease-on-exit", _boolean, "false", "give the lease back at exit", _NODE),
     Flag("state-dir", Path, "/var/lib/pyflannel-udp", "where the VTEP MAC is kept", _NODE),
+    Flag(
+        "control-dir",
+        Path,
+        "/run/flannel",
+        "where the socket for status and reload is, pyflannel-<VNI>.sock",
+        _NODE,
+    ),
     Flag("replace-kernel-device", _boolean, "false", "delete a kernel device flannel.<VNI>", _NODE),
     Flag(
         "anti-spoofing",
@@ -250,6 +257,7 @@ class Options:
     subnet_lease_renew_margin: int
     release_lease_on_exit: bool
     state_dir: Path
+    control_dir: Path
     replace_kernel_device: bool
     anti_spoofing: str
     peer_source: tuple[tuple[IPv4Network, IPv4Network], ...]
@@ -286,6 +294,7 @@ def help_text() -> str:
     """Return the text of `--help`: every flag with its default, by group."""
     lines = [
         "Usage: pyflannel-udp [FLAGS]",
+        "       pyflannel-udp status | peers | leases | trace ADDRESS   (each has --help)",
         "       pyflannel-udp docker-opts [OPTIONS]   (see docker-opts -h)",
         "",
         "Joins a flannel network (backend vxlan, etcd v3) without a kernel vxlan device.",
@@ -365,6 +374,12 @@ def parse_options(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
     if not 1 <= margin <= 1439:
         raise Refusal(f"--subnet-lease-renew-margin {margin}: must be in 1..1439 minutes")
     return Options(**values, given=given, notes=tuple(notes))
+
+
+def takes_next_word(word: str) -> bool:
+    """Whether a word of the command line is a flag whose value is the next word."""
+    flag = _BY_NAME.get(word.removeprefix("-").removeprefix("-"))
+    return word.startswith("-") and flag is not None and not flag.is_boolean
 
 
 def unserved_flags(options: Options) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from pyflannel.dataplane.forwarder import Forwarder, Workers
 from pyflannel.dataplane.interface import Choice, choose_interface
 from pyflannel.dataplane.kernel_routes import DirectRouting, PeerRoutes
 from pyflannel.dataplane.netlink import Netlink
+from pyflannel.dataplane.offload import Offload
 from pyflannel.dataplane.refusal import Refusal
 from pyflannel.dataplane.route import (
     Delete,
@@ -180,6 +181,11 @@ class Overlay:
         assert self._context is not None
         return self._context
 
+    @property
+    def offload(self) -> Offload:
+        """Which work the kernel takes off us."""
+        return self._tun.offload | self._underlay.offload
+
     def identify(self, mac: MacAddress) -> None:
         """Make the fast path of the node whose VTEP MAC this is; its FIB is empty."""
         options, config = self._options, self._config
@@ -258,7 +264,7 @@ class Overlay:
             tun_write=tun.write_fd,
             receive=underlay.receive_fd,
             send=underlay.send_fds,
-            offload=tun.offload | underlay.offload,
+            offload=self.offload,
             poll_us=self._options.poll_us,
         )
         forwarder.start(io)

@@ -276,7 +276,7 @@ class Lab:
             *wrapper, python, "-m", "pyflannel", "--iface", iface or host.iface,
             "--etcd-endpoints", f"http://{SWITCH_ADDRESS}:{ETCD_PORT}",
             "--subnet-file", str(host.subnet_file), "--state-dir", str(host.folder / "state"),
-            *flags, log=host.log,
+            "--control-dir", str(host.folder), *flags, log=host.log,
         )
         # fmt: on
         if wait:

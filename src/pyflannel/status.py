@@ -1,0 +1,159 @@
+"""What a running node says about itself, as values that become JSON.
+
+It reads the node's parts and changes nothing. Ages and durations are in seconds, a field that is
+not known is null. The names are an interface: programs read them by `status --json`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import socket
+import time
+from collections.abc import Iterable, Mapping
+from importlib.metadata import version
+from ipaddress import IPv4Address
+from typing import Any
+
+from pyflannel.control.lease import LEASE_TTL_SECONDS
+from pyflannel.control.own_lease import OwnLease
+from pyflannel.control_socket import Request
+from pyflannel.dataplane.fastpath import PeerTraffic
+from pyflannel.dataplane.refusal import Refusal
+from pyflannel.dataplane.route import Route
+from pyflannel.lease_value import leases_value
+from pyflannel.node import Node
+from pyflannel.overlay import Overlay
+from pyflannel.trace import trace
+
+Json = dict[str, Any]
+
+
+def requests(node: Node) -> dict[str, Request]:
+    """Return the requests of the control socket that show the node."""
+
+    async def _status(_: Mapping[str, Any], __: socket.socket) -> object:
+        return status(node)
+
+    async def _peers(_: Mapping[str, Any], __: socket.socket) -> object:
+        return peers(node)
+
+    async def _leases(_: Mapping[str, Any], __: socket.socket) -> object:
+        return leases(node)
+
+    async def _trace(request: Mapping[str, Any], _: socket.socket) -> object:
+        try:
+            address = IPv4Address(request.get("address"))
+        except ValueError:
+            raise Refusal(f"{request.get('address')!r:.80} is not an IPv4 address") from None
+        return await trace(node, address)
+
+    return {"status": _status, "peers": _peers, "leases": _leases, "trace": _trace}
+
+
+def status(node: Node) -> Json:
+    """Return the whole picture: lease, etcd, devices, counters, peers."""
+    config = node.config
+    return {
+        "version": version("pyflannel-udp"),
+        "pid": os.getpid(),
+        "uptime_seconds": time.monotonic() - node.started,
+        "ready": node.readiness.is_ready,
+        "reasons": dict(node.readiness.reasons),
+        "network": None
+        if config is None
+        else {
+            "prefix": node.options.etcd_prefix,
+            "ipv4": str(config.ipv4.network),
+            "ipv6": None if config.ipv6 is None else str(config.ipv6.network),
+            "vni": int(config.backend.vni),
+            "port": config.backend.port,
+        },
+        "lease": None if node.keeper is None else _own_lease(node.keeper.own),
+        "etcd": _etcd(node),
+        "devices": [_device(node, overlay) for overlay in node.overlays],
+        "peers": peers(node),
+    }
+
+
+def _own_lease(own: OwnLease) -> Json:
+    left = None if own.expires_at is None else own.expires_at - time.time()
+    return {
+        "state": own.state.value,
+        "subnet": None if own.subnet is None else str(own.subnet.ipv4),
+        "subnet_ipv6": _text(None if own.subnet is None else own.subnet.ipv6),
+        "public_ip": str(own.public_ip),
+        "vtep_mac": str(own.vtep_mac),
+        "reservation": own.is_reservation,
+        "age_seconds": None if left is None else LEASE_TTL_SECONDS - left,
+        "expires_in_seconds": left,
+        "renewals": own.renewals,
+        "losses": own.losses,
+    }
+
+
+def _etcd(node: Node) -> Json | None:
+    if node.etcd is None:
+        return None
+    session = node.etcd.session
+    view = None if node.sync is None else node.sync.view
+    return {
+        "state": session.state.value,
+        "endpoint": session.endpoint,
+        "revision": session.revision,
+        "silence_seconds": session.silence_seconds,
+        "last_error": session.last_error or None,
+        "last_error_seconds": session.last_error_seconds,
+        "view": None if view is None else dataclasses.asdict(view),
+    }
+
+
+def _device(node: Node, overlay: Overlay) -> Json:
+    underlying = overlay.underlying
+    counters = overlay.context.counters()
+    return {
+        "name": overlay.device,
+        "mtu": underlying.mtu,
+        "interface": underlying.choice.name,
+        "address": str(underlying.choice.address),
+        "public_ip": str(underlying.public_ip),
+        "offloads": str(overlay.offload),
+        "workers": node.options.workers,
+        **dataclasses.asdict(counters.traffic),
+        "drops": {reason: count for reason, count in counters.drops.items() if count},
+    }
+
+
+def peers(node: Node) -> list[Json]:
+    """Return each peer in use with its counters, in the order of subnets."""
+    traffic = {x.subnet: x for overlay in node.overlays for x in overlay.context.peers()}
+    routes = () if node.table is None else node.table.routes()
+    return [_peer(route, traffic.get(route.subnet)) for route in _sorted(routes)]
+
+
+def _sorted(routes: Iterable[Route]) -> list[Route]:
+    return sorted(routes, key=lambda x: (x.subnet.version, int(x.subnet.network_address)))
+
+
+def _peer(route: Route, counted: PeerTraffic | None) -> Json:
+    return {
+        "subnet": str(route.subnet),
+        "vtep_mac": str(route.vtep_mac),
+        "address": str(route.underlay),
+        "port": route.port,
+        **({} if counted is None else dataclasses.asdict(counted.traffic)),
+        "drops": None if counted is None else counted.drops,
+    }
+
+
+def leases(node: Node) -> Json:
+    """Return all leases that the node knows, and what it does not use with the reason."""
+    table = node.table
+    if table is None:
+        raise Refusal("the daemon has not read the leases yet; status tells what it waits for")
+    unused = {**table.quarantined(), **table.bad()}
+    return leases_value(table.leases(), unused, node.options.etcd_prefix)
+
+
+def _text(value: object) -> str | None:
+    return None if value is None else str(value)

@@ -1,0 +1,103 @@
+"""Says what would become of a packet to an address: the kernel's route, ours, and why.
+
+It asks the tables that packets ask, the kernel's and the fast path's, and sends nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from ipaddress import IPv4Address
+from typing import Any
+
+from pyflannel.control.lease import BadLease, parse_subnet_key_untrusted
+from pyflannel.dataplane.interface import Reach
+from pyflannel.dataplane.refusal import Refusal
+from pyflannel.dataplane.route import IPNetwork, Route
+from pyflannel.node import Node
+
+
+async def trace(node: Node, address: IPv4Address) -> dict[str, Any]:
+    """Return the routes a packet would take, whether it would be sent into the overlay, and why."""
+    netlink, table, keeper, config = node.netlink, node.table, node.keeper, node.config
+    if not (netlink and table and keeper and config and node.overlays):
+        raise Refusal("the daemon is still starting; status tells what it waits for")
+    kernel = await netlink.route_to(address)
+    overlay = next((x for x in node.overlays if kernel and kernel.name == x.device), None)
+    found = below = None
+    if overlay is not None:
+        found = overlay.context.lookup(address)
+    if found is not None and isinstance(found.underlay, IPv4Address):
+        below = await netlink.route_to(found.underlay)
+    own = keeper.own.subnet
+    unused = {**table.quarantined(), **table.bad()}
+    if overlay is None:
+        why = _why_not_ours(address, kernel, config.ipv4.network, None if own is None else own.ipv4)
+    else:
+        why = _why(address, overlay.device, found, below, unused)
+    return {
+        "address": str(address),
+        "kernel_route": None if kernel is None else _reach(kernel),
+        "route": None
+        if found is None
+        else {
+            "subnet": str(found.subnet),
+            "vtep_mac": str(found.vtep_mac),
+            "address": str(found.underlay),
+            "port": found.port,
+        },
+        "underlay_route": None if below is None else _reach(below),
+        "sent": below is not None,
+        "why": why,
+    }
+
+
+def _reach(reach: Reach) -> dict[str, str | None]:
+    return {
+        "device": reach.name,
+        "gateway": None if reach.gateway is None else str(reach.gateway),
+        "source": None if reach.source is None else str(reach.source),
+    }
+
+
+def _why_not_ours(
+    address: IPv4Address, kernel: Reach | None, network: IPNetwork, own: IPNetwork | None
+) -> str:
+    """Return why the kernel does not hand a packet to our device."""
+    if kernel is None:
+        return "the kernel has no route to it, or one that forbids it; see `ip route get`"
+    if kernel.name == "lo":
+        return "it is an address of this host"
+    if own is not None and address in own:
+        return f"it is in this host's own subnet {own}, behind {kernel.name}"
+    if address in network:
+        return (
+            f"the kernel sends it by {kernel.name}: no lease holds it, or another route hides the "
+            "overlay's; see `ip route get`"
+        )
+    return f"it is outside the network {network}, and the kernel sends it by {kernel.name}"
+
+
+def _why(
+    address: IPv4Address,
+    device: str,
+    found: Route | None,
+    below: Reach | None,
+    unused: Mapping[str, str],
+) -> str:
+    """Return what becomes of a packet that the kernel hands to our device."""
+    if found is None:
+        for key, why in unused.items():
+            if _holds(key, address):
+                return f"dropped (no_route): the lease {key} is not used: {why}"
+        return f"dropped (no_route): the kernel routes it to {device}, but no lease holds it"
+    vtep = f"VTEP {found.vtep_mac} at {found.underlay} port {found.port}"
+    if below is None:
+        return f"dropped (send_unreachable): this host has no route to {vtep}"
+    return f"sent to {vtep} by {below.name}"
+
+
+def _holds(key: str, address: IPv4Address) -> bool:
+    try:
+        return address in parse_subnet_key_untrusted(key).ipv4
+    except BadLease:
+        return False

@@ -1,0 +1,202 @@
+"""`status`, `peers`, `leases` and `trace` of a running node, and without one.
+
+c1 -- h1 (ours) ---+
+c2 -- h2 (ours) ---+-- switch, etcd
+      h3 (nobody) -+
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from ipaddress import IPv4Interface
+from typing import Any
+
+import pytest
+
+from tests.lab.hosts import (
+    ETCD_PORT,
+    PREFIX,
+    SWITCH_ADDRESS,
+    Host,
+    Lab,
+    container_address,
+    lab,
+    ping,
+    wait_until,
+)
+from tests.lab.require import require_program, require_root
+
+ETCD = f"http://{SWITCH_ADDRESS}:{ETCD_PORT}"
+
+
+@pytest.fixture(scope="module")
+def made() -> Iterator[Lab]:
+    require_root()
+    for program in ("ip", "ethtool", "etcd", "etcdctl", "ping"):
+        require_program(program)
+    with lab(3) as made:
+        made.put_config()
+        for host in made.hosts[:2]:
+            made.start_daemon(host)
+            made.add_container(host)
+        subnet = _subnet(made.hosts[1])
+        wait_until(lambda: subnet in made.hosts[0].ip("route"), "h1 knows h2")
+        container = made.hosts[0].container
+        assert container is not None
+        wait_until(lambda: ping(container, container_address(made.hosts[1])), "a ping")
+        yield made
+
+
+def _subnet(host: Host) -> str:
+    return str(IPv4Interface(host.subnet_env()["FLANNEL_SUBNET"]).network)
+
+
+def _command(host: Host, *words: str) -> tuple[int, str, str]:
+    """Run a sub-command on a host; return exit code, output, errors."""
+    done = subprocess.run(
+        ["ip", "netns", "exec", host.name, sys.executable, "-m", "pyflannel", *words],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def _ask(host: Host, *words: str) -> Any:
+    _, output, errors = _command(host, *words, "--json", "--control-dir", str(host.folder))
+    assert not errors
+    return json.loads(output)
+
+
+def test_status(made: Lab) -> None:
+    h1, h2 = made.hosts[:2]
+    found = _ask(h1, "status")
+    assert found["ready"] is True
+    assert found["network"] == {
+        "prefix": PREFIX,
+        "ipv4": "10.244.0.0/16",
+        "ipv6": None,
+        "vni": 1,
+        "port": 8472,
+    }
+    assert found["lease"]["subnet"] == _subnet(h1)
+    assert 86000 < found["lease"]["expires_in_seconds"] <= 86400
+    assert found["etcd"]["state"] == "well"
+    assert found["etcd"]["endpoint"] == ETCD
+    assert found["etcd"]["view"]["age_seconds"] < 60
+    (device,) = found["devices"]
+    assert (device["name"], device["mtu"], device["interface"]) == ("flannel.1", 1450, "eth0")
+    assert device["encap_packets"] >= 1
+    (peer,) = found["peers"]
+    assert (peer["subnet"], peer["address"]) == (_subnet(h2), str(h2.address))
+    assert peer["encap_packets"] >= 1
+    assert peer["decap_packets"] >= 1
+    assert peer["decap_bytes"] >= 84 * peer["decap_packets"]
+    assert _ask(h1, "peers")[0]["vtep_mac"] == peer["vtep_mac"]
+
+
+def test_status_for_people(made: Lab) -> None:
+    h1, h2 = made.hosts[:2]
+    code, output, _ = _command(h1, "status", "--control-dir", str(h1.folder))
+    assert code == 0
+    for text in ("ready", _subnet(h1), ETCD, "flannel.1, MTU 1450, over eth0", _subnet(h2)):
+        assert text in output
+    assert max(map(len, output.splitlines())) < 120
+
+
+def test_leases_from_the_daemon_and_straight_from_etcd(made: Lab) -> None:
+    made.etcdctl("put", f"{PREFIX}/subnets/10.244.250.0-24", '{"PublicIP":')
+    made.etcdctl("put", f"{PREFIX}/subnets/10.244.251.0-24", '{"PublicIP":"127.0.0.1"}')
+    key = f"{PREFIX}/subnets/10.244.250.0-24"
+    wait_until(lambda: key in _ask(made.hosts[0], "leases")["unused"], "the bad lease is told")
+    known = _ask(made.hosts[0], "leases")
+    assert {x["subnet"] for x in known["leases"]} >= {_subnet(x) for x in made.hosts[:2]}
+    direct = _ask(made.hosts[2], "leases", "--etcd-endpoints", ETCD)
+    assert [x["subnet"] for x in direct["leases"]] == [x["subnet"] for x in known["leases"]]
+    assert list(direct["unused"]) == [key]
+    reserved = {x["subnet"] for x in direct["leases"] if x["reservation"]}
+    assert reserved == {"10.244.251.0/24"}
+
+
+def test_leases_without_daemon_and_etcd_is_one_sentence(made: Lab) -> None:
+    code, _, errors = _command(
+        made.hosts[2], "leases", "--etcd-endpoints", "http://192.168.77.1:1", "--etcd-prefix=/x"
+    )
+    assert code == 1
+    (line,) = errors.splitlines()
+    assert "etcd cannot be asked" in line
+    assert "--etcd-endpoints" in line
+
+
+def test_trace(made: Lab) -> None:
+    h1, h2 = made.hosts[:2]
+    found = _ask(h1, "trace", str(container_address(h2)))
+    assert found["sent"] is True
+    assert found["kernel_route"]["device"] == "flannel.1"
+    assert found["route"]["subnet"] == _subnet(h2)
+    assert found["route"]["address"] == str(h2.address)
+    assert found["underlay_route"]["device"] == "eth0"
+    for address, why in (
+        (str(container_address(h1)), "own subnet"),
+        (str(h1.address), "address of this host"),
+        (str(h2.address), "outside the network"),
+        ("10.244.249.1", "no lease holds it"),
+        ("203.0.113.7", "outside the network"),
+    ):
+        found = _ask(h1, "trace", address)
+        assert found["sent"] is False
+        assert why in found["why"], found
+
+
+def test_trace_of_what_the_kernel_sends_us_and_we_cannot_send_on(made: Lab) -> None:
+    h1, h2 = made.hosts[:2]
+    made.etcdctl("put", f"{PREFIX}/subnets/10.244.251.0-24", '{"PublicIP":"127.0.0.1"}')
+    h1.ip("route", "add", "10.244.251.0/24", "dev", "flannel.1")
+    h1.ip("route", "add", "blackhole", "203.0.113.0/24")
+    try:
+        wait_until(
+            lambda: "is not used" in _ask(h1, "trace", "10.244.251.9")["why"], "it names the lease"
+        )
+        assert "no route" in _ask(h1, "trace", "203.0.113.7")["why"]
+        h1.ip("route", "add", "unreachable", f"{h2.address}/32")
+        found = _ask(h1, "trace", str(container_address(h2)))
+        assert found["sent"] is False
+        assert "no route to VTEP" in found["why"]
+        code, output, _ = _command(
+            h1, "trace", str(container_address(h2)), "--control-dir", str(h1.folder)
+        )
+        assert code == 1
+        assert "no route to VTEP" in output
+    finally:
+        for route in ("10.244.251.0/24", "203.0.113.0/24", f"{h2.address}/32"):
+            h1.ip("route", "del", route, check=False)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "named"),
+    [
+        (("status", "--control-dir", "/nonexistent"), 1, "no pyflannel-udp runs here"),
+        (("trace", "--control-dir", "/nonexistent", "10.0.0.1"), 1, "no pyflannel-udp runs here"),
+        (("trace",), 2, "trace ADDRESS"),
+        (("status", "word"), 2, "usage"),
+        (("status", "--vni", "x"), 2, "--vni"),
+        (("status", "--nope"), 2, "--nope"),
+    ],
+)
+def test_bad_input_is_one_sentence(
+    made: Lab, words: tuple[str, ...], code: int, named: str
+) -> None:
+    found, _, errors = _command(made.hosts[2], *words)
+    assert found == code
+    (line,) = errors.splitlines()
+    assert named in line
+
+
+def test_an_address_that_is_none_is_one_sentence(made: Lab) -> None:
+    h1 = made.hosts[0]
+    code, _, errors = _command(h1, "trace", "nowhere", "--control-dir", str(h1.folder))
+    assert (code, len(errors.splitlines())) == (1, 1)
+    assert "'nowhere' is not an IPv4 address" in errors
