@@ -15,9 +15,8 @@ from typing import Any, Union
 
 from pyflannel.control.etcd3_stubs import message
 from pyflannel.control.etcd_connection import Connections
-from pyflannel.control.etcd_fault import EtcdUnavailable
 from pyflannel.control.etcd_session import EtcdSession, Session
-from pyflannel.control.etcd_tls import EtcdTls
+from pyflannel.control.etcd_tls import BadCertificates, EtcdTls
 from pyflannel.control.lease import KeyValue
 from pyflannel.dataplane.refusal import Refusal
 
@@ -107,11 +106,11 @@ class Etcd:
                 raise Refusal(f"etcd endpoint {endpoint!r} must begin with http:// or https://")
             if endpoint.startswith("http://") and (tls.ca or tls.cert):
                 raise Refusal(f"etcd endpoint {endpoint} is plain http, but TLS files are given")
-        for flag, path in tls.files:
-            try:
-                path.read_bytes()
-            except OSError as error:
-                raise Refusal(f"--{flag} {path}: {error.strerror}") from error
+        try:
+            if any(endpoint.startswith("https://") for endpoint in endpoints):
+                tls.credentials()
+        except BadCertificates as error:
+            raise Refusal(str(error)) from error
         names = tuple(endpoint.rstrip("/") for endpoint in endpoints)
         self._session = Session(names[0], time.monotonic, random.random)
         self._connections = Connections(names, tls, username, password, self._session)
@@ -200,8 +199,7 @@ class Etcd:
                 if answer.canceled:
                     if answer.compact_revision:
                         raise Compacted(f"revision {from_revision} is compacted")
-                    stream.forget_token()
-                    raise EtcdUnavailable(f"watch refused: {answer.cancel_reason}")
+                    raise stream.rejected(f"watch refused: {answer.cancel_reason}")
                 self._session.answered(answer.header.cluster_id, answer.header.revision)
                 if answer.created:
                     yield WatchBatch((), from_revision - 1)

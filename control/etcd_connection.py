@@ -15,12 +15,11 @@ import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
-import grpc
-
 from pyflannel.control.etcd3_stubs import call, message
 from pyflannel.control.etcd_fault import EtcdRejected, EtcdUnavailable, Fault, diagnose
 from pyflannel.control.etcd_session import Session
-from pyflannel.control.etcd_tls import EtcdTls
+from pyflannel.control.etcd_tls import BadCertificates, EtcdTls
+from pyflannel.control.quiet_grpc import grpc
 
 log = logging.getLogger(__name__)
 
@@ -37,8 +36,8 @@ _CHANNEL_OPTIONS = [
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.initial_reconnect_backoff_ms", 200),
-    ("grpc.min_reconnect_backoff_ms", 1_000),
-    ("grpc.max_reconnect_backoff_ms", 2_000),
+    ("grpc.min_reconnect_backoff_ms", 3_000),
+    ("grpc.max_reconnect_backoff_ms", 3_000),
     ("grpc.max_receive_message_length", -1),
     # Else channels share a connection, and a new one would be as broken as the one left.
     ("grpc.use_local_subchannel_pool", 1),
@@ -60,6 +59,7 @@ class Connection:
         self.endpoint = endpoint
         self.channel: Any = None
         self.token: str | None = None
+        """None before it is asked for, "" where etcd has no users."""
         self.left: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.lock = asyncio.Lock()
         self._users = 0
@@ -136,9 +136,10 @@ class Stream:
             raise EtcdUnavailable(f"{self._connection.endpoint}: the stream ended")
         return answer
 
-    def forget_token(self) -> None:
-        """Have a fresh token made for the next request."""
+    def rejected(self, why: str) -> EtcdRejected:
+        """Return the error that etcd does not want this stream; the reason may be the token."""
         self._connection.token = None
+        return EtcdRejected(f"{self._connection.endpoint}: {why}")
 
 
 class Connections:
@@ -179,13 +180,14 @@ class Connections:
 
         EtcdRejected when etcd says no to this request, EtcdUnavailable when nobody answered.
         """
-        clause, is_refused, token_is_fresh = "", False, False
+        clause, token_is_fresh = "", False
+        refusing: set[str] = set()
         for _ in range(len(self._endpoints) + 1):
             connection = await self._get()
             started = time.monotonic()
             try:
-                await self._make_usable(connection)
                 with connection.use():
+                    await self._make_usable(connection)
                     answer = await call(connection.channel, service, method)(
                         request, timeout=self._patience, metadata=connection.metadata
                     )
@@ -203,9 +205,12 @@ class Connections:
             if fault is Fault.TOKEN and self._username and not token_is_fresh:
                 connection.token, token_is_fresh = None, True
                 continue
-            is_refused |= fault in (Fault.CREDENTIALS, Fault.TOKEN)
             self.leave(connection, clause)
-        (self._session.refused if is_refused else self._session.failed)(clause)
+            if fault is not Fault.ENDPOINT:
+                refusing.add(connection.endpoint)
+                if len(refusing) == len(self._endpoints):
+                    break
+        (self._session.refused if refusing else self._session.failed)(clause)
         raise EtcdUnavailable(clause)
 
     @contextlib.asynccontextmanager
@@ -263,9 +268,14 @@ class Connections:
                     name=self._username, password=self._password
                 )
                 authenticate = call(connection.channel, "Auth", "Authenticate")
-                with connection.use():
+                try:
                     answer = await authenticate(request, timeout=self._patience)
-                connection.token = answer.token
+                    connection.token = answer.token
+                except grpc.aio.AioRpcError as error:
+                    # A store without users, say after a wipe: they may come later.
+                    if "authentication is not enabled" not in (error.details() or ""):
+                        raise
+                    connection.token = ""
 
     def _channel(self, endpoint: str) -> Any:
         scheme, _, target = endpoint.partition("://")
@@ -273,8 +283,8 @@ class Connections:
             return grpc.aio.insecure_channel(target, _CHANNEL_OPTIONS)
         try:
             credentials = self._tls.credentials()
-        except OSError as error:
-            raise _NotConnected(Fault.CREDENTIALS, f"{error.filename}: {error.strerror}") from error
+        except BadCertificates as error:
+            raise _NotConnected(Fault.CREDENTIALS, str(error)) from error
         return grpc.aio.secure_channel(target, credentials, _CHANNEL_OPTIONS)
 
     def _diagnose(self, connection: Connection, error: grpc.aio.AioRpcError) -> tuple[Fault, str]:

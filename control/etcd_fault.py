@@ -5,6 +5,7 @@ Does no I/O.
 
 from __future__ import annotations
 
+import re
 from enum import Enum
 
 
@@ -25,33 +26,46 @@ class Fault(Enum):
     REQUEST = "another request"
 
 
-_TOKEN_ERRORS = ("invalid auth token", "revision of auth store is old", "token is not provided")
 _ENDPOINT_CODES = ("UNAVAILABLE", "CANCELLED", "UNKNOWN", "INTERNAL", "RESOURCE_EXHAUSTED")
+_TOKEN_ERRORS = {
+    "invalid auth token": "our token expired",
+    "revision of auth store is old": "users have changed",
+    "user name is empty": "it wants a user; give --etcd-username and --etcd-password",
+}
+_CERTIFICATE = "it wants a client certificate that it trusts; see --etcd-certfile, --etcd-keyfile"
 _CREDENTIAL_ERRORS = {
     "certificate_verify_failed": "its certificate is not signed by our CA (--etcd-cafile)",
     "hostname verification": "its certificate is for another name or address than the endpoint's",
-    "is not in peer certificate": "its certificate is for another name or address",
-    "wrong_version_number": "it does not speak TLS; write http:// in --etcd-endpoints",
-    "bad_certificate": "it rejects our certificate (--etcd-certfile)",
-    "bad certificate": "it rejects our certificate (--etcd-certfile)",
-    "certificate_required": "it wants a client certificate; give --etcd-certfile and "
-    "--etcd-keyfile",
-    "unknown_ca": "it does not know the CA of our certificate (--etcd-certfile)",
+    "not in peer certificate": "its certificate is for another name or address than the endpoint's",
+    "bad_certificate": _CERTIFICATE,
+    "certificate_required": _CERTIFICATE,
+    "unknown_ca": _CERTIFICATE,
+    # With TLS 1.3 the client is through with the handshake when the server says no.
+    "unwrap failed (tsi_data_corrupted)": _CERTIFICATE,
     "invalid user id or password": "wrong --etcd-username or --etcd-password",
-    "user name is empty": "it wants a user; give --etcd-username and --etcd-password",
-    "authentication is not enabled": "it has no users; leave out --etcd-username",
 }
+_HINTS = {
+    "handshake read failed": "; if it does not speak TLS, write http:// in --etcd-endpoints",
+    "socket closed": "; if it speaks TLS, write https:// in --etcd-endpoints",
+}
+_PREAMBLE = re.compile(r"failed to connect to all addresses; last error: \w+: \S+: ")
 
 
 def diagnose(code: str, details: str) -> tuple[Fault, str]:
     """Return what an error asks for, and one clause about it; `code` is grpc's name."""
     low = details.lower()
-    if any(text in low for text in _TOKEN_ERRORS) or code == "UNAUTHENTICATED":
-        return Fault.TOKEN, details
+    for text, clause in _TOKEN_ERRORS.items():
+        if text in low:
+            return Fault.TOKEN, clause
     for text, clause in _CREDENTIAL_ERRORS.items():
         if text in low:
             return Fault.CREDENTIALS, clause
     if code == "DEADLINE_EXCEEDED":
         return Fault.ENDPOINT, "no answer in time"
-    fault = Fault.ENDPOINT if code in _ENDPOINT_CODES else Fault.REQUEST
-    return fault, details.strip()[:200] or code
+    clause, connecting = _PREAMBLE.subn("", details.strip())
+    clause = clause[:200] or code
+    if code not in _ENDPOINT_CODES:
+        return Fault.REQUEST, clause
+    if connecting:
+        clause += next((hint for text, hint in _HINTS.items() if text in low), "")
+    return Fault.ENDPOINT, clause

@@ -196,5 +196,7 @@ class Session:
             log.info("etcd answers at %s, revision %d", self._endpoint, self._revision)
         elif outcome is Outcome.REFUSED:
             log.error("etcd refuses us: %s", why)
+        elif self._answered_at is None:
+            log.warning("etcd does not answer, trying again: %s", why)
         else:
             log.warning("etcd does not answer, forwarding goes on as it is: %s", why)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import ssl
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import grpc
+from pyflannel.control.quiet_grpc import grpc
 
 _CA_BUNDLES = (
     "/etc/ssl/certs/ca-certificates.crt",
@@ -16,6 +15,10 @@ _CA_BUNDLES = (
     "/etc/ssl/ca-bundle.pem",
     "/etc/ssl/cert.pem",
 )
+
+
+class BadCertificates(Exception):
+    """The files cannot be used; `str()` says why and which."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +52,34 @@ class EtcdTls:
         return tuple(found)
 
     def credentials(self) -> Any:
-        """Read the files and make grpc's credentials; OSError for one that cannot be read."""
+        """Read the files and make grpc's credentials; BadCertificates, with a sentence."""
+        self._check()
         return grpc.ssl_channel_credentials(
             _read(self.ca) or _system_certificates(), _read(self.key), _read(self.cert)
         )
+
+    def _check(self) -> None:
+        """Look into the files, as grpc says of a bad one only that it failed."""
+        for flag, path in self.files:
+            try:
+                path.read_bytes()
+            except OSError as error:
+                raise BadCertificates(f"--{flag} {path}: {error.strerror}") from error
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        try:
+            if self.ca is not None:
+                context.load_verify_locations(self.ca)
+        except ssl.SSLError as error:
+            raise BadCertificates(f"--etcd-cafile {self.ca} is not a PEM certificate") from error
+        try:
+            if self.cert is not None:
+                # A password would be asked for on the terminal.
+                context.load_cert_chain(self.cert, self.key, password="")
+        except ssl.SSLError as error:
+            raise BadCertificates(
+                f"--etcd-certfile {self.cert} and --etcd-keyfile {self.key} must be a PEM "
+                "certificate and its key, without a password"
+            ) from error
 
 
 def _read(path: Path | None) -> bytes | None:
@@ -65,6 +92,4 @@ def _system_certificates() -> bytes:
     for path in (given, *_CA_BUNDLES):
         if path is not None and Path(path).is_file():
             return Path(path).read_bytes()
-    raise FileNotFoundError(
-        errno.ENOENT, "this host has no CA bundle; name one with --etcd-cafile", _CA_BUNDLES[0]
-    )
+    raise BadCertificates("this host has no CA bundle; name one with --etcd-cafile")
