@@ -86,11 +86,14 @@ class Connection:
         deadline = time.monotonic() + CONNECT_SECONDS
         state = self.channel.get_state(try_to_connect=True)
         while state in (states.IDLE, states.CONNECTING):
-            change = self.channel.wait_for_state_change(state)
+            # Not wait_for: before Python 3.12 it loses a cancellation that comes with the change.
+            change = asyncio.ensure_future(self.channel.wait_for_state_change(state))
             try:
-                await asyncio.wait_for(change, deadline - time.monotonic())
-            except asyncio.TimeoutError:
-                raise _NotConnected(Fault.ENDPOINT, "cannot connect in time") from None
+                done, _ = await asyncio.wait([change], timeout=deadline - time.monotonic())
+            finally:
+                change.cancel()
+            if not done:
+                raise _NotConnected(Fault.ENDPOINT, "cannot connect in time")
             state = self.channel.get_state(try_to_connect=True)
 
     def leave(self, why: str) -> None:

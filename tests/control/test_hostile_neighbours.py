@@ -8,7 +8,8 @@ from ipaddress import IPv4Address, IPv4Network
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyflannel.control.lease import KeyValue
+from pyflannel.control.family_routes import Place
+from pyflannel.control.lease import KeyValue, LeaseSubnet
 from pyflannel.control.lease_table import LeaseTable
 
 SUBNETS = b"/coreos.com/network/subnets/"
@@ -63,8 +64,8 @@ def test_no_mutation_removes_a_good_peer(
     """The peer is the oldest lease, so no other may take its place; only its own key may end it."""
     logging.disable(logging.WARNING)
     try:
-        table = LeaseTable(IPv4Address("192.0.2.1"), IPv4Network("10.5.0.0/16"), 8472)
-        table.set_own_subnet(IPv4Network("10.5.1.0/24"))
+        table = LeaseTable([Place(IPv4Network("10.5.0.0/16"), IPv4Address("192.0.2.1"))], 8472)
+        table.set_own_subnet(LeaseSubnet(IPv4Network("10.5.1.0/24")))
         peer = KeyValue(SUBNETS + b"10.5.2.0-24", GOOD, 1, 1, 1, 7)
         table.put(peer)
         (good,) = table.routes()

@@ -13,6 +13,8 @@ import pytest
 
 from pyflannel.control import route_sync
 from pyflannel.control.etcd import Etcd
+from pyflannel.control.family_routes import Place
+from pyflannel.control.lease import LeaseSubnet
 from pyflannel.control.lease_table import LeaseTable
 from pyflannel.control.route_sync import RouteSync
 from pyflannel.dataplane.route import Delete, RouteChange
@@ -33,8 +35,8 @@ class Follower:
     """A route sync whose routes end here."""
 
     def __init__(self, etcd: Etcd, prefix: str) -> None:
-        self.table = LeaseTable(IPv4Address("192.0.2.1"), NETWORK, 8472)
-        self.table.set_own_subnet(IPv4Network("10.5.1.0/24"))
+        self.table = LeaseTable([Place(NETWORK, IPv4Address("192.0.2.1"))], 8472)
+        self.table.set_own_subnet(LeaseSubnet(IPv4Network("10.5.1.0/24")))
         self.changes: list[RouteChange] = []
         self.sync = RouteSync(etcd, prefix, self.table, self)
 

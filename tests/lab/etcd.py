@@ -31,6 +31,7 @@ class Member:
     client_url: str
     peer_url: str
     folder: Path
+    wrapper: tuple[str, ...] = ()
     process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -69,15 +70,24 @@ class EtcdCluster:
         flags: Sequence[str] = (),
         tls: Sequence[str] = (),
         ctl: Sequence[str] = (),
-        wrapper: Sequence[str] = (),
+        wrappers: Sequence[Sequence[str]] = (),
+        ctl_wrapper: Sequence[str] = (),
     ) -> None:
         scheme = "https" if tls else "http"
         self.members = [
-            Member(f"m{i}", f"{scheme}://{host}:{client}", f"http://{host}:{peer}", folder)
-            for i, (host, client, peer) in enumerate(addresses)
+            Member(
+                f"m{number}",
+                f"{scheme}://{host}:{client}",
+                f"http://{host}:{peer}",
+                folder,
+                tuple(wrapper),
+            )
+            for number, ((host, client, peer), wrapper) in enumerate(
+                zip(addresses, wrappers or [()] * len(addresses))
+            )
         ]
         self._flags = (*flags, *tls)
-        self._wrapper = tuple(wrapper)
+        self._ctl_wrapper = tuple(ctl_wrapper)
         self.ctl = tuple(ctl)
         self._folder = folder
 
@@ -91,7 +101,7 @@ class EtcdCluster:
         for member in members or self.members:
             # fmt: off
             command = [
-                *self._wrapper, "etcd", "--name", member.name, "--data-dir", str(member.data),
+                *member.wrapper, "etcd", "--name", member.name, "--data-dir", str(member.data),
                 "--listen-client-urls", member.client_url,
                 "--advertise-client-urls", member.client_url,
                 "--listen-peer-urls", member.peer_url,
@@ -130,7 +140,7 @@ class EtcdCluster:
         """Run etcdctl; what it printed, standard error too."""
         # fmt: off
         done = subprocess.run(
-            [*self._wrapper, "etcdctl", f"--endpoints={endpoint or ','.join(self.endpoints)}",
+            [*self._ctl_wrapper, "etcdctl", f"--endpoints={endpoint or ','.join(self.endpoints)}",
              "--command-timeout=5s", *self.ctl, *words],
             capture_output=True, text=True, env={**os.environ, "ETCDCTL_API": "3"}, timeout=60,
         )
