@@ -125,6 +125,10 @@ class Etcd:
         """Close the connection; the next request opens another."""
         await self._connections.close()
 
+    def reconnect(self, why: str) -> None:
+        """Connect anew; watches end with EtcdUnavailable."""
+        self._connections.reconnect(why)
+
     async def get(self, key: str) -> Reading:
         """Read one key."""
         answer = await self._ask("KV", "Range", message("RangeRequest")(key=key.encode()))

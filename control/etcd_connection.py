@@ -178,6 +178,11 @@ class Connections:
             connection.leave("closed")
             await connection.closed()
 
+    def reconnect(self, why: str) -> None:
+        """Give up the connection in use, which may be dead, for a new one."""
+        if self._connection is not None:
+            self.leave(self._connection, why)
+
     async def ask(self, service: str, method: str, request: Any) -> Any:
         """Ask one endpoint after the other until one answers.
 

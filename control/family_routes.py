@@ -41,7 +41,7 @@ class FamilyRoutes:
         self.routes: dict[IPNetwork, Route] = {}
         self.quarantined: Mapping[bytes, str] = {}
         self._network = place.network
-        self._own_public_ip = place.public_ip
+        self.own_public_ip = place.public_ip
         self._port = port
         self._previous_mac: dict[bytes, MacAddress] = {}
         self._claims = _Claims(place.network.prefixlen)
@@ -135,7 +135,7 @@ class FamilyRoutes:
 
     def _why_not_a_peer(self, address: IPAddress) -> str | None:
         name = "PublicIP" if self.version == 4 else "PublicIPv6"
-        if address == self._own_public_ip:
+        if address == self.own_public_ip:
             return (
                 f"its {name} {address} is our own; another host uses the same address, or it is "
                 "an old lease of ours"

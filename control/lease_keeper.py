@@ -14,6 +14,7 @@ import random
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from ipaddress import IPv4Address
 from typing import Protocol
 
 from pyflannel.control.etcd import Compacted, Etcd, Put
@@ -38,6 +39,7 @@ from pyflannel.control.own_lease import (
     seconds_to_renewal,
 )
 from pyflannel.control.subnet_pool import SubnetsExhausted
+from pyflannel.dataplane.route import IPAddress, MacAddress
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +53,14 @@ SUBNET_CHANGED = "subnet-changed"
 
 
 _BY_OTHERS = (Sighting.RESERVED, Sighting.BARE, Sighting.COPIED, Sighting.FOREIGN)
+
+
+def _is_of(kv: KeyValue, mac: MacAddress) -> bool:
+    """Whether a key is written by the host with this VTEP MAC."""
+    with contextlib.suppress(BadLease):
+        vtep = parse_lease_attributes_untrusted(kv.value).vtep
+        return vtep is not None and vtep.mac == mac
+    return False
 
 
 class Readiness(Protocol):
@@ -90,6 +100,7 @@ class LeaseKeeper:
         self._written = 0
         self._last_foreign = 0
         self._foreign_puts = self._renewals = self._losses = 0
+        self._moved = asyncio.Event()
         # A reading of our key must not be judged while a write of ours is under way.
         self._lock = asyncio.Lock()
 
@@ -138,7 +149,9 @@ class LeaseKeeper:
 
     async def run(self, on_change: Callable[[Lease], Awaitable[None]]) -> None:
         """Renew and watch for ever; `on_change` gets a lease of another subnet."""
-        renewing = asyncio.ensure_future(self._renew_for_ever())
+        tasks = [
+            asyncio.ensure_future(x) for x in (self._renew_for_ever(), self._advertise_for_ever())
+        ]
         try:
             while True:
                 try:
@@ -152,8 +165,48 @@ class LeaseKeeper:
                     self._readiness.set(NO_LEASE, f"our subnet was taken, and {error}")
                     await asyncio.sleep(EXHAUSTED_SECONDS)
         finally:
-            renewing.cancel()
-            await asyncio.gather(renewing, return_exceptions=True)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def advertise(self, public_ip: IPAddress) -> None:
+        """Have our lease tell another public IP of a family, as soon as etcd takes it."""
+        if isinstance(public_ip, IPv4Address):
+            self._identity = replace(self._identity, public_ip=public_ip)
+        else:
+            self._identity = replace(self._identity, public_ipv6=public_ip)
+        self._moved.set()
+
+    async def _advertise_for_ever(self) -> None:
+        while True:
+            await self._moved.wait()
+            self._moved.clear()
+            while not await self._advertise(self._identity):
+                await asyncio.sleep(RETRY_SECONDS * self._rng.random())
+
+    async def _advertise(self, identity: OwnIdentity) -> bool:
+        """Write our new value over the old one; whether nothing is left to do."""
+        async with self._lock:
+            lease = self._lease
+            if lease is None:
+                return False
+            self._writer.identify(identity)
+            try:
+                kv = (await self._etcd.get(lease_key(self._prefix, lease.subnet))).kv
+                if kv is not None and not _is_of(kv, identity.vtep_mac):
+                    # Somebody else's: the watch of our key has seen it and decides.
+                    return True
+                reservation = self._state is LeaseState.RESERVED
+                written = await self._writer.write(lease.subnet, kv, reservation=reservation)
+            except EtcdUnavailable as error:
+                log.debug("cannot advertise our new address: %s", error)
+                return False
+            if written is None:
+                return False
+            self._hold(written)
+            self._quiet()
+        log.info("Using %s as external address", written.attributes.public_ip)
+        return True
 
     async def _renew_for_ever(self) -> None:
         check = min(RENEW_CHECK_SECONDS, max(self._margin / 10, 1.0))

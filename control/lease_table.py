@@ -20,7 +20,7 @@ from pyflannel.control.lease import (
     LeaseSubnet,
     parse_lease_untrusted,
 )
-from pyflannel.dataplane.route import Route, RouteChange
+from pyflannel.dataplane.route import IPAddress, IPNetwork, Route, RouteChange
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ class LeaseTable:
 
     def __init__(self, places: Sequence[Place], port: int) -> None:
         """Make an empty table; `places` has one entry for each family, IPv4 first."""
-        self._own_public_ip = places[0].public_ip
+        self._own_public_ips = {place.public_ip for place in places}
         self._families = [FamilyRoutes(place, port) for place in places]
         self._own_subnet: LeaseSubnet | None = None
         self._leases: dict[bytes, Lease] = {}
@@ -47,6 +47,14 @@ class LeaseTable:
         parts = {} if subnet is None else {part.version: part for part in subnet.parts}
         for family in self._families:
             family.own_subnet = parts.get(family.version)
+        return self._settle()
+
+    def set_own_public_ip(self, public_ip: IPAddress) -> tuple[RouteChange, ...]:
+        """Say what we advertise in its family from now on; our lease may lag behind."""
+        self._own_public_ips.add(public_ip)
+        for family in self._families:
+            if family.version == public_ip.version:
+                family.own_public_ip = public_ip
         return self._settle()
 
     def put(self, kv: KeyValue) -> tuple[RouteChange, ...]:
@@ -107,6 +115,10 @@ class LeaseTable:
     def routes(self) -> tuple[Route, ...]:
         """Return the routes to all peers in use."""
         return tuple(route for x in self._families for route in x.routes.values())
+
+    def has_route(self, subnet: IPNetwork) -> bool:
+        """Whether a peer in use has exactly this subnet."""
+        return any(subnet in family.routes for family in self._families)
 
     def leases(self) -> tuple[Lease, ...]:
         """Return all leases that could be read, quarantined ones included."""
@@ -196,7 +208,7 @@ class LeaseTable:
         return (
             self._own_subnet is not None
             and lease.subnet.ipv4 == self._own_subnet.ipv4
-            and lease.attributes.public_ip == self._own_public_ip
+            and lease.attributes.public_ip in self._own_public_ips
         )
 
 

@@ -83,11 +83,15 @@ class LeaseWriter:
         self._etcd = etcd
         self._prefix = prefix
         self._config = config
-        self._identity = identity
         self._rng = rng
-        self.value = identity.attributes(config.backend.vni).to_json()
+        self.identify(identity)
         self.granted: deque[int] = deque(maxlen=GRANTS_REMEMBERED)
         """The etcd leases made here, the latest last."""
+
+    def identify(self, identity: OwnIdentity) -> None:
+        """Write for this identity from now on."""
+        self._identity = identity
+        self.value = identity.attributes(self._config.backend.vni).to_json()
 
     async def acquire(self) -> Lease:
         """Get a lease: our old one, the previous subnet, or a free one.

@@ -130,14 +130,14 @@ def judge(
 ) -> Sighting:
     """Say what a reading of our key means.
 
-    `own` is our last write or what we adopted, `value` what we write, `granted` the etcd leases
-    that we made. `foreign_puts` counts the foreign puts seen before this one.
+    `own` is our last write or what we adopted, `value` what we write next, `granted` the etcd
+    leases that we made. `foreign_puts` counts the foreign puts seen before this one.
     """
     if kv is None:
         return Sighting.GONE
-    if kv.value == value and (
-        kv.lease in granted or (kv.mod_revision, kv.lease) == (own.mod_revision, own.etcd_lease)
-    ):
+    if (kv.mod_revision, kv.lease) == (own.mod_revision, own.etcd_lease):
+        return Sighting.OURS
+    if kv.value == value and kv.lease in granted:
         return Sighting.OURS
     try:
         theirs = parse_lease_attributes_untrusted(kv.value)
