@@ -192,10 +192,15 @@ def _choice(interface: Interface, address: IPv4Address | None, why: str) -> Choi
     if interface.mtu == 0:
         raise _Mismatch(f"the MTU of interface {interface.name} is 0")
     if address is None:
-        address = next(iter(_usable_addresses(interface)), None)
+        address = best_address(interface)
     if address is None:
         raise _Mismatch(f"interface {interface.name} has no usable IPv4 address")
     return Choice(interface.name, interface.index, interface.mtu, address, why)
+
+
+def best_address(interface: Interface) -> IPv4Address | None:
+    """Return the address to send from where none is asked for, None if it has none (section 10)."""
+    return next(iter(_usable_addresses(interface)), None)
 
 
 def _usable_addresses(interface: Interface) -> list[IPv4Address]:

@@ -25,6 +25,7 @@ _NLMSG_ERROR, _NLMSG_DONE = 2, 3
 _RTM_NEWROUTE, _RTM_DELROUTE, _RTM_GETROUTE = 24, 25, 26
 _NLM_F_REQUEST, _NLM_F_ACK, _NLM_F_REPLACE, _NLM_F_CREATE = 0x1, 0x4, 0x100, 0x400
 _NLM_F_DUMP = 0x300
+_NLA_TYPE_MASK = 0x3FFF
 _RTA_DST, _RTA_OIF, _RTA_GATEWAY = 1, 4, 5
 _RT_TABLE_MAIN, _RTPROT_BOOT, _RT_SCOPE_UNIVERSE, _RTN_UNICAST = 254, 3, 0, 1
 _RTNH_F_ONLINK = 4
@@ -185,9 +186,9 @@ def _links_to(netlink: socket.socket, addresses: Iterable[IPAddress]) -> dict[IP
         for kind, sequence, body in _answers(netlink, len(batch)):
             if kind != _RTM_NEWROUTE or _RTMSG.unpack_from(body)[7] != _RTN_UNICAST:
                 continue
-            attributes = _attributes(body)
-            if _RTA_GATEWAY not in attributes and _RTA_OIF in attributes:
-                found[wanted[sequence]] = _index(attributes)
+            about = attributes(body)
+            if _RTA_GATEWAY not in about and _RTA_OIF in about:
+                found[wanted[sequence]] = _index(about)
     return found
 
 
@@ -205,28 +206,28 @@ def _dump(netlink: socket.socket) -> Iterator[KernelRoute]:
             _, length, _, _, table, protocol, _, kind, flags = _RTMSG.unpack_from(message)
             if (table, protocol, kind) != (_RT_TABLE_MAIN, _RTPROT_BOOT, _RTN_UNICAST):
                 continue
-            attributes = _attributes(message)
-            if not attributes.keys() >= {_RTA_DST, _RTA_GATEWAY, _RTA_OIF}:
+            about = attributes(message)
+            if not about.keys() >= {_RTA_DST, _RTA_GATEWAY, _RTA_OIF}:
                 continue
             yield KernelRoute(
-                ip_network((attributes[_RTA_DST], length)),
-                ip_address(attributes[_RTA_GATEWAY]),
-                _index(attributes),
+                ip_network((about[_RTA_DST], length)),
+                ip_address(about[_RTA_GATEWAY]),
+                _index(about),
                 bool(flags & _RTNH_F_ONLINK),
             )
 
 
-def _index(attributes: Mapping[int, bytes]) -> int:
-    return int(struct.unpack("=I", attributes[_RTA_OIF])[0])
+def _index(about: Mapping[int, bytes]) -> int:
+    return int(struct.unpack("=I", about[_RTA_OIF])[0])
 
 
-def _attributes(message: bytes) -> dict[int, bytes]:
+def attributes(message: bytes, offset: int = _RTMSG.size) -> dict[int, bytes]:
+    """Read the attributes of a message of the kernel, those of a route unless `offset` is given."""
     found = {}
-    offset = _RTMSG.size
     while offset + 4 <= len(message):
         length, kind = struct.unpack_from(_ATTRIBUTE, message, offset)
-        found[kind] = message[offset + 4 : offset + length]
-        offset += (length + 3) & ~3
+        found[kind & _NLA_TYPE_MASK] = message[offset + 4 : offset + length]
+        offset += max(4, (length + 3) & ~3)
     return found
 
 

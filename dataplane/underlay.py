@@ -11,7 +11,7 @@ import os
 import socket
 import struct
 from collections.abc import Collection
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from ipaddress import IPv4Address
 from pathlib import Path
 
@@ -44,14 +44,14 @@ class Underlay:
     All descriptors are IPv4, non-blocking, and owned by this object.
     """
 
-    __slots__ = ("_closing", "offload", "receive_fd", "send_fds")
+    __slots__ = ("_closing", "_senders", "offload", "receive_fd")
 
     def __init__(
-        self, receive_fd: int, send_fds: tuple[int, ...], offload: Offload, closing: ExitStack
+        self, receive_fd: int, senders: _Senders, offload: Offload, closing: ExitStack
     ) -> None:
         self.receive_fd = receive_fd
-        self.send_fds = send_fds
         self.offload = offload
+        self._senders = senders
         self._closing = closing
 
     @classmethod
@@ -75,16 +75,45 @@ class Underlay:
         with ExitStack() as opened:
             opened.enter_context(_instance_lock(port))
             receive = opened.enter_context(_receive_socket(port, vxlan_devices))
-            send = [
-                opened.enter_context(_send_socket(interface_name, address))
-                for _ in range(send_sockets)
-            ]
-            agreed = _agree(offload, Offload.GSO, send[0], _UDP_SEGMENT, 0)
+            senders = opened.enter_context(_Senders(interface_name, address, send_sockets))
+            agreed = _agree(offload, Offload.GSO, senders.sockets[0], _UDP_SEGMENT, 0)
             agreed |= _agree(offload, Offload.GRO, receive, _UDP_GRO, 1)
-            return cls(receive.fileno(), tuple(s.fileno() for s in send), agreed, opened.pop_all())
+            return cls(receive.fileno(), senders, agreed, opened.pop_all())
+
+    @property
+    def send_fds(self) -> tuple[int, ...]:
+        """The sockets to send from; others after `rebind`."""
+        return tuple(one.fileno() for one in self._senders.sockets)
+
+    def rebind(self, interface_name: str, address: IPv4Address) -> AbstractContextManager[object]:
+        """Send from another address; the sockets so far are closed when the result is left.
+
+        Refusal when that cannot be, and then everything stays.
+        """
+        old = self._senders
+        self._senders = _Senders(interface_name, address, len(old.sockets))
+        self._closing.enter_context(self._senders)
+        return old
 
     def close(self) -> None:
         """Close every socket and release the lock; idempotent."""
+        self._closing.close()
+
+
+class _Senders:
+    """The sockets to send from; closed when it is left as a context."""
+
+    def __init__(self, interface_name: str, address: IPv4Address, count: int) -> None:
+        with ExitStack() as opened:
+            self.sockets = [
+                opened.enter_context(_send_socket(interface_name, address)) for _ in range(count)
+            ]
+            self._closing = opened.pop_all()
+
+    def __enter__(self) -> _Senders:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._closing.close()
 
 

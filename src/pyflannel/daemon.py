@@ -16,7 +16,7 @@ import os
 import random
 import signal
 from collections.abc import Awaitable, Callable, Sequence
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address
 from pathlib import Path
 from typing import TypeVar
 
@@ -41,9 +41,10 @@ from pyflannel.control.vtep_identity import load_vtep_mac, pick_vtep_mac, save_v
 from pyflannel.control_socket import ControlServer, socket_path
 from pyflannel.dataplane.netlink import Netlink
 from pyflannel.dataplane.refusal import Refusal
-from pyflannel.dataplane.route import MacAddress, Vni
+from pyflannel.dataplane.route import IPAddress, MacAddress, Vni
 from pyflannel.etcd_access import etcd_client
 from pyflannel.health import HealthServer
+from pyflannel.host_watch import HostWatch
 from pyflannel.node import Node
 from pyflannel.notify import notify
 from pyflannel.options import Options, unserved_flags
@@ -103,7 +104,6 @@ class Daemon:
         self._stack = stack
         self._node = Node(options)
         self._readiness = self._node.readiness
-        self._lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def start_and_run(self) -> None:
         """Bring the node up and keep it up; returns never, raises Refusal."""
@@ -148,7 +148,22 @@ class Daemon:
         sync = node.sync = RouteSync(etcd, options.etcd_prefix, table, overlay)
         await sync.first_snapshot()
         await overlay.reconcile(table.routes())
-        overlay.forward(self._on_tun_lost)
+
+        async def move(public_ip: IPAddress) -> None:
+            # A connection from the address that is gone would be found dead after 13 s.
+            etcd.reconnect("our address has changed")
+            keeper.advertise(public_ip)
+            await overlay.apply(table.set_own_public_ip(public_ip))
+
+        watch = HostWatch(
+            netlink,
+            overlay,
+            table,
+            self._readiness,
+            on_moved=move,
+            on_resized=lambda: self._write_subnet_file(config, overlay),
+        )
+        overlay.forward(watch.device_lost)
         traffic = Traffic(
             options,
             netlink,
@@ -157,7 +172,7 @@ class Daemon:
             old=read_previous_networks(options.subnet_file),
         )
         await traffic.start([(network, lease.subnet.ipv4)])
-        self._write_subnet_file(config, lease.subnet.ipv4, underlying.mtu)
+        self._write_subnet_file(config, overlay)
         overlay.keep_device()
         self._readiness.clear("starting")
         notify("READY=1")
@@ -167,23 +182,17 @@ class Daemon:
             await overlay.apply(table.set_own_subnet(own.subnet))
             await overlay.adopt(own.subnet.ipv4)
             traffic.adopt([(network, own.subnet.ipv4)])
-            self._write_subnet_file(config, own.subnet.ipv4, underlying.mtu)
+            self._write_subnet_file(config, overlay)
 
         await self._supervise(
             keeper.run(adopt),
             sync.run(),
             traffic.run(),
-            self._look_at_underlay(overlay, table),
+            watch.run(),
             report_suspects(
                 overlay.context, table.leases, dropped=options.anti_spoofing == "enforce"
             ),
         )
-
-    async def _look_at_underlay(self, overlay: Overlay, table: LeaseTable) -> None:
-        """Look now and then whether a peer came onto our link or left it; never returns."""
-        while True:
-            await asyncio.sleep(self._options.iptables_resync)
-            await overlay.reconcile(table.routes())
 
     async def _serve_health(self) -> None:
         options = self._options
@@ -250,28 +259,23 @@ class Daemon:
         log.info("VTEP MAC %s (%s)", mac, origin)
         return mac
 
-    def _write_subnet_file(self, config: NetworkConfig, subnet: IPv4Network, mtu: int) -> None:
+    def _write_subnet_file(self, config: NetworkConfig, overlay: Overlay) -> None:
         path = self._options.subnet_file
-        pairs = ((config.ipv4.network, subnet),)
+        pairs = ((config.ipv4.network, overlay.subnet),)
+        content = SubnetFile(pairs, overlay.underlying.mtu, self._options.ip_masq)
         try:
-            write_subnet_file(path, SubnetFile(pairs, mtu, self._options.ip_masq))
+            write_subnet_file(path, content)
         except OSError as error:
             raise Refusal(
                 f"{path}: cannot be written ({error.strerror}); choose another with --subnet-file"
             ) from error
         log.info("Wrote subnet file to %s", path)
 
-    def _on_tun_lost(self, error: OSError) -> None:
-        if not self._lost.done():
-            self._lost.set_exception(
-                Refusal(f"{error.strerror}: somebody deleted it; restart pyflannel-udp")
-            )
-
     async def _supervise(self, *work: Awaitable[None]) -> None:
         """Run until one of the tasks fails; none of them ends by itself."""
         tasks = [asyncio.ensure_future(x) for x in work]
         try:
-            done, _ = await asyncio.wait([*tasks, self._lost], return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()
         finally:

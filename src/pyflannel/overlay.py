@@ -9,13 +9,15 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import IPv4Address, IPv4Network
 
 from pyflannel.control.network_config import NetworkConfig
 from pyflannel.dataplane.fastpath import AntiSpoofing, Context, FastpathConfig, WorkerIo
 from pyflannel.dataplane.forwarder import Forwarder, Workers
+from pyflannel.dataplane.host_change import InUse
 from pyflannel.dataplane.interface import Choice, choose_interface
 from pyflannel.dataplane.kernel_routes import DirectRouting, PeerRoutes
 from pyflannel.dataplane.netlink import Netlink
@@ -38,6 +40,9 @@ log = logging.getLogger(__name__)
 
 OVERHEAD_BYTES = 50
 """Outer IPv4, UDP, VXLAN and inner Ethernet header, counted against the underlay MTU."""
+
+MTU_MIN_BYTES = 68
+"""The smallest MTU that a device can have for IPv4 (RFC 791)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +77,11 @@ async def choose_underlay(options: Options, netlink: Netlink, config: NetworkCon
         log.info("Defaulting external address to interface address (%s)", choice.address)
     else:
         log.info("Using %s as external address", options.public_ip)
+    return Underlying(choice, options.public_ip or choice.address, _overlay_mtu(choice, config))
+
+
+def _overlay_mtu(choice: Choice, config: NetworkConfig) -> int:
+    """Return the MTU inside the overlay; Refusal where nothing fits (spec section 9.4)."""
     mtu = choice.mtu
     if config.backend.mtu is not None:
         if config.backend.mtu > mtu:
@@ -83,11 +93,11 @@ async def choose_underlay(options: Options, netlink: Netlink, config: NetworkCon
                 mtu,
             )
         mtu = min(mtu, config.backend.mtu)
-    if mtu <= OVERHEAD_BYTES:
+    if mtu - OVERHEAD_BYTES < MTU_MIN_BYTES:
         raise Refusal(
             f"an outer MTU of {mtu} leaves no room for packets; check Backend.MTU and {choice.name}"
         )
-    return Underlying(choice, options.public_ip or choice.address, mtu - OVERHEAD_BYTES)
+    return mtu - OVERHEAD_BYTES
 
 
 async def remove_kernel_device(
@@ -139,10 +149,14 @@ class Overlay:
         self._tun = tun
         self._underlay = underlay
         self._stack = stack
+        stack.callback(self._close_tun)
         self._undo = stack.enter_context(contextlib.ExitStack())
         if tun.created:
             self._undo.callback(tun.delete)
+        self._device_index = socket.if_nametoindex(tun.name)
+        self._subnet: IPv4Network | None = None
         self._context: Context | None = None
+        self._forwarder: Forwarder | None = None
         self._peer_routes = PeerRoutes(
             tun.name,
             DirectRouting(config.ipv4.network, config.ipv4.length)
@@ -172,8 +186,31 @@ class Overlay:
         )
         stack.callback(underlay.close)
         tun = Tun.open(f"flannel.{backend.vni}", options.tun_queues, options.offload)
-        stack.callback(tun.close)
         return cls(options, netlink, config, underlying, tun, underlay, stack)
+
+    def _close_tun(self) -> None:
+        self._tun.close()
+
+    @property
+    def subnet(self) -> IPv4Network:
+        """Our subnet; only after `adopt`."""
+        assert self._subnet is not None
+        return self._subnet
+
+    @property
+    def in_use(self) -> InUse:
+        """What of the host is used; only after `adopt`."""
+        choice = self.underlying.choice
+        return InUse(
+            device=self.device,
+            device_index=self._device_index,
+            device_address=self.subnet.network_address,
+            device_mtu=self.underlying.mtu,
+            interface=choice.name,
+            interface_index=choice.index,
+            interface_mtu=choice.mtu,
+            address=choice.address,
+        )
 
     @property
     def context(self) -> Context:
@@ -203,10 +240,15 @@ class Overlay:
 
     async def adopt(self, subnet: IPv4Network) -> None:
         """Give the device the address of our subnet, the MTU and its queue, and bring it up."""
+        self._subnet = subnet
+        await self.configure()
+
+    async def configure(self) -> None:
+        """Do what `adopt` did once more, after somebody undid it or the MTU has changed."""
         assert isinstance(self._config.ipv4.network, IPv4Network)
         await self._netlink.configure_device(
             self.device,
-            subnet.network_address,
+            self.subnet.network_address,
             self.underlying.mtu,
             self._options.tun_queue_length,
             self._config.ipv4.network,
@@ -228,7 +270,12 @@ class Overlay:
                 kernel[change.subnet] = None
         replaced = {subnet: address for subnet, address in kernel.items() if address is not None}
         deleted = [subnet for subnet, address in kernel.items() if address is None]
-        failed = await self._netlink.run(self._peer_routes.apply, replaced, deleted)
+        try:
+            failed = await self._netlink.run(self._peer_routes.apply, replaced, deleted)
+        except OSError as error:
+            # All are written once the device is back.
+            log.warning("%s: routes cannot be written: %s", self.device, error)
+            failed = []
         for subnet in deleted:
             self.context.delete(subnet)
         for subnet, err in failed:
@@ -256,10 +303,15 @@ class Overlay:
 
     def forward(self, on_lost: Callable[[OSError], None]) -> None:
         """Begin to forward; `on_lost` is called when the device disappears."""
-        forwarder = Forwarder(self.context, Workers(self._options.workers), on_lost)
-        self._stack.callback(forwarder.close)
+        self._forwarder = Forwarder(self.context, Workers(self._options.workers), on_lost)
+        self._stack.callback(self._forwarder.close)
+        io = self._worker_io()
+        self._forwarder.start(io)
+        log.info("Forwarding with workers %s and offloads %s", self._options.workers, io.offload)
+
+    def _worker_io(self) -> WorkerIo:
         tun, underlay = self._tun, self._underlay
-        io = WorkerIo(
+        return WorkerIo(
             tun=tun.read_fds,
             tun_write=tun.write_fd,
             receive=underlay.receive_fd,
@@ -267,8 +319,45 @@ class Overlay:
             offload=self.offload,
             poll_us=self._options.poll_us,
         )
-        forwarder.start(io)
-        log.info("Forwarding with workers %s and offloads %s", self._options.workers, io.offload)
+
+    def reopen(self) -> None:
+        """Make the device anew that somebody deleted; it needs `configure` and its routes then.
+
+        Its FIB and counters stay. Refusal when the name is somebody else's now.
+        """
+        assert self._forwarder is not None
+        self._forwarder.close()
+        # One that was only renamed goes as well.
+        with contextlib.suppress(OSError):
+            self._tun.delete()
+        self._tun = Tun.open(self.device, self._options.tun_queues, self._options.offload)
+        self._device_index = socket.if_nametoindex(self.device)
+        self._forwarder.start(self._worker_io())
+        log.warning("%s was deleted by somebody: made anew", self.device)
+
+    def rebind(self, index: int, address: IPv4Address) -> None:
+        """Send from another address or incarnation of the interface; nothing queued is lost."""
+        assert self._forwarder is not None
+        choice = replace(self.underlying.choice, index=index, address=address)
+        with self._underlay.rebind(choice.name, address):
+            self._forwarder.close()
+            self._forwarder.start(self._worker_io())
+        self.underlying = replace(
+            self.underlying, choice=choice, public_ip=self._options.public_ip or address
+        )
+        log.warning("sending from %s on %s now", address, choice.name)
+
+    def resize(self, outer_mtu: int) -> None:
+        """Derive the MTU from the interface's; `configure` sets it. Refusal if it is too small."""
+        choice = replace(self.underlying.choice, mtu=outer_mtu)
+        mtu = _overlay_mtu(choice, self._config)
+        self.underlying = replace(self.underlying, choice=choice, mtu=mtu)
+        log.warning(
+            "the MTU of %s is %d, so %d in the overlay; containers keep theirs until a restart",
+            choice.name,
+            outer_mtu,
+            mtu,
+        )
 
     def keep_device(self) -> None:
         """Leave the device behind at exit from now on, as the start has succeeded."""

@@ -149,7 +149,7 @@ class Lab:
     """A switch and hosts; everything is gone after `close`."""
 
     def __init__(self, underlay: Underlay = WIRE_SIZED) -> None:
-        self._underlay = underlay
+        self.underlay = underlay
         self._stack = ExitStack()
         self._tag = f"pfu-{secrets.token_hex(3)}"
         self.folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix=self._tag)))
@@ -198,8 +198,8 @@ class Lab:
         self._connect(a, "eth1", b, "eth1")
         for number, host in enumerate((a, b), 1):
             host.iface, host.address = "eth1", CABLE[number]
-            if self._underlay.cable:
-                host.exec("ethtool", "-K", "eth1", *self._underlay.cable)
+            if self.underlay.cable:
+                host.exec("ethtool", "-K", "eth1", *self.underlay.cable)
             host.ip("addr", "add", f"{host.address}/{CABLE.prefixlen}", "dev", "eth1")
             host.ip("link", "set", "eth1", "up")
 
@@ -208,9 +208,9 @@ class Lab:
         run("ip", "link", "add", a_name, "netns", a.name, "type", "veth",
             "peer", "name", b_name, "netns", b.name)
         # fmt: on
-        if self._underlay.every_end:
+        if self.underlay.every_end:
             for namespace, name in ((a, a_name), (b, b_name)):
-                namespace.exec("ethtool", "-K", name, *self._underlay.every_end)
+                namespace.exec("ethtool", "-K", name, *self.underlay.every_end)
 
     def start_etcd(self) -> None:
         """Start etcd on the switch; its data survive `stop_etcd`."""

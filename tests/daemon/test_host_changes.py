@@ -1,0 +1,172 @@
+"""What changes on a host is repaired or told to the peers within a second.
+
+c1 -- h1 (ours) --+
+                  +-- switch, etcd
+c2 -- h2 (ours) --+
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable, Iterator
+from ipaddress import IPv4Network
+
+import pytest
+
+from tests.lab.hosts import Host, Lab, container_address, lab, ping, wait_until
+from tests.lab.require import require_program, require_root
+
+LIMIT_SECONDS = 1.0
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Lab]:
+    require_root()
+    for program in ("ip", "ethtool", "etcd", "etcdctl", "ping"):
+        require_program(program)
+    with lab(2) as made:
+        made.put_config()
+        for host in made.hosts:
+            made.start_daemon(host)
+            made.add_container(host)
+        wait_until(lambda: _reaches(made), "a ping")
+        yield made
+
+
+def _within_a_second(change: Callable[[], object], is_well: Callable[[], bool]) -> None:
+    """Do something to the host; all must be well again in time."""
+    change()
+    wait_until(is_well, "well again", LIMIT_SECONDS)
+
+
+def _reaches(nodes: Lab) -> bool:
+    first, second = nodes.hosts
+    assert first.container is not None
+    return ping(first.container, container_address(second), "-W", "0.2")
+
+
+def _device(host: Host) -> object:
+    """The device as others see it: all but its index and counters."""
+    (link,) = json.loads(host.ip("-d", "-j", "addr", "show", "flannel.1"))
+    addresses = [
+        (x["local"], x["prefixlen"], x["scope"]) for x in link["addr_info"] if x["family"] == "inet"
+    ]
+    return link["mtu"], link["txqlen"], "UP" in link["flags"], link["linkinfo"], addresses
+
+
+def _state(host: Host) -> object:
+    return _device(host), host.ip("route", "show", "dev", "flannel.1")
+
+
+def _subnet(host: Host) -> IPv4Network:
+    return IPv4Network(host.subnet_env()["FLANNEL_SUBNET"], strict=False)
+
+
+DAMAGES = (
+    ("link", "del", "flannel.1"),
+    ("link", "set", "flannel.1", "down"),
+    ("link", "set", "flannel.1", "mtu", "1200"),
+    ("addr", "flush", "dev", "flannel.1"),
+    ("route", "flush", "dev", "flannel.1"),
+)
+
+
+@pytest.mark.parametrize("words", DAMAGES, ids=" ".join)
+def test_what_somebody_does_to_our_device_is_undone(nodes: Lab, words: tuple[str, ...]) -> None:
+    host = nodes.hosts[0]
+    before, leases = _state(host), nodes.leases()
+    _within_a_second(
+        lambda: host.ip(*words),
+        lambda: "flannel.1" in host.ip("link") and _state(host) == before,
+    )
+    wait_until(lambda: _reaches(nodes), "a ping", LIMIT_SECONDS)
+    assert nodes.leases() == leases
+
+
+def test_renamed_device_is_made_anew_and_no_other_is_left(nodes: Lab) -> None:
+    host = nodes.hosts[0]
+    before = _state(host)
+    host.ip("link", "set", "flannel.1", "down")
+    _within_a_second(
+        lambda: host.ip("link", "set", "flannel.1", "name", "renamed0"),
+        lambda: "flannel.1" in host.ip("link") and _state(host) == before,
+    )
+    assert "renamed0" not in host.ip("link")
+    wait_until(lambda: _reaches(nodes), "a ping", LIMIT_SECONDS)
+
+
+def test_mtu_of_the_interface_is_carried_on(nodes: Lab) -> None:
+    host = nodes.hosts[0]
+    for outer in ("1400", "1500"):
+        inner = int(outer) - 50
+        _within_a_second(
+            lambda: host.ip("link", "set", "eth0", "mtu", outer),  # noqa: B023 called at once
+            lambda: (
+                f"mtu {inner} " in host.ip("link", "show", "flannel.1")  # noqa: B023 called at once
+                and host.subnet_env()["FLANNEL_MTU"] == str(inner)  # noqa: B023 called at once
+            ),
+        )
+    assert _reaches(nodes)
+
+
+def test_interface_down_and_up_costs_only_the_time_between(nodes: Lab) -> None:
+    host = nodes.hosts[0]
+    before = _state(host)
+    host.ip("link", "set", "eth0", "down")
+    assert not _reaches(nodes)
+    assert _state(host) == before
+    _within_a_second(lambda: host.ip("link", "set", "eth0", "up"), lambda: _reaches(nodes))
+    assert _state(host) == before
+
+
+def _readvertised(nodes: Lab, address: str) -> bool:
+    host = nodes.hosts[0]
+    subnet = _subnet(host)
+    lease = nodes.leases().get(f"{subnet.network_address}-{subnet.prefixlen}")
+    return lease is not None and lease["PublicIP"] == address
+
+
+def test_new_address_is_advertised_and_sent_from(nodes: Lab) -> None:
+    host = nodes.hosts[0]
+    before, subnet = _state(host), _subnet(host)
+    for old, new in (("192.168.77.11", "192.168.77.111"), ("192.168.77.111", "192.168.77.11")):
+        host.ip("addr", "del", f"{old}/24", "dev", "eth0")
+        _within_a_second(
+            lambda: host.ip("addr", "add", f"{new}/24", "dev", "eth0"),  # noqa: B023 called at once
+            lambda: _readvertised(nodes, new) and _reaches(nodes),  # noqa: B023 called at once
+        )
+        assert (_state(host), _subnet(host)) == (before, subnet)
+
+
+def test_interface_that_is_plugged_anew_is_used_again(nodes: Lab) -> None:
+    host, switch = nodes.hosts[0], nodes.switch
+    before, number = _state(host), 1
+    host.ip("link", "del", "eth0")
+    # fmt: off
+    host.ip("link", "add", "eth0", "type", "veth", "peer", "name", f"h{number}", "netns",
+            switch.name)
+    # fmt: on
+    for namespace, name in ((host, "eth0"), (switch, "h1")):
+        namespace.exec("ethtool", "-K", name, *nodes.underlay.every_end)
+    switch.ip("link", "set", "h1", "master", "br0", "up")
+    host.ip("addr", "add", f"{host.address}/24", "dev", "eth0")
+    _within_a_second(lambda: host.ip("link", "set", "eth0", "up"), lambda: _reaches(nodes))
+    assert _state(host) == before
+
+
+def test_changes_that_the_kernel_could_not_tell_are_found(nodes: Lab) -> None:
+    host = nodes.hosts[0]
+    before = _state(host)
+    batch = host.folder / "routes"
+    batch.write_text("".join(f"route add 10.99.{i >> 8}.{i & 255} dev lo\n" for i in range(20000)))
+    daemon = host.processes[0]
+    daemon.send_signal(signal.SIGSTOP)
+    try:
+        host.ip("-batch", str(batch))
+        host.ip("route", "flush", "dev", "flannel.1")
+    finally:
+        daemon.send_signal(signal.SIGCONT)
+    wait_until(lambda: _state(host) == before, "well again", LIMIT_SECONDS)
+    assert "more changed on this host" in host.log.read_text()
+    wait_until(lambda: _reaches(nodes), "a ping", LIMIT_SECONDS)

@@ -1,0 +1,242 @@
+"""What a change on the host means: every event, every state of the two devices; no privileges."""
+
+from __future__ import annotations
+
+import itertools
+import socket
+import struct
+from dataclasses import replace
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pyflannel.dataplane.host_change import (
+    EVERYTHING,
+    AddressChanged,
+    Concern,
+    HostEvent,
+    InUse,
+    LinkChanged,
+    Overrun,
+    Repair,
+    RouteChanged,
+    concern,
+    diagnose,
+)
+from pyflannel.dataplane.host_events import parse_events
+from pyflannel.dataplane.interface import Interface, InterfaceAddress
+
+DEVICE, INTERFACE, OTHER = 7, 2, 3
+OWN, UNDERLAY, SPARE = IPv4Address("10.5.1.0"), IPv4Address("192.0.2.1"), IPv4Address("192.0.2.9")
+PEER, FOREIGN = IPv4Network("10.5.2.0/24"), IPv4Network("198.51.100.0/24")
+USED = InUse(
+    device="flannel.1",
+    device_index=DEVICE,
+    device_address=OWN,
+    device_mtu=1450,
+    interface="eth0",
+    interface_index=INTERFACE,
+    interface_mtu=1500,
+    address=UNDERLAY,
+)
+
+NOTHING, ROUTES = Concern.NOTHING, Concern.ROUTES
+UNDERLAY_LINK = Concern.UNDERLAY | ROUTES
+
+
+@pytest.mark.parametrize("is_gone", [False, True])
+@pytest.mark.parametrize("is_up", [False, True])
+@pytest.mark.parametrize(
+    ("index", "name", "expected"),
+    [
+        (INTERFACE, "eth0", UNDERLAY_LINK),
+        (INTERFACE, "renamed", UNDERLAY_LINK),
+        (OTHER, "eth0", UNDERLAY_LINK),
+        (DEVICE, "flannel.1", Concern.DEVICE | ROUTES),
+        (DEVICE, "renamed", Concern.DEVICE | ROUTES),
+        (OTHER, "flannel.1", Concern.DEVICE | ROUTES),
+        (OTHER, "veth1", NOTHING),
+    ],
+)
+def test_concern_of_a_link(
+    index: int, name: str, is_gone: bool, is_up: bool, expected: Concern
+) -> None:
+    event = LinkChanged(index, name, is_gone, is_up, 1500)
+    assert concern(event, USED, lambda _: False) == expected
+
+
+@pytest.mark.parametrize("is_gone", [False, True])
+@pytest.mark.parametrize(
+    ("index", "expected"),
+    [
+        (INTERFACE, Concern.UNDERLAY | ROUTES),
+        (DEVICE, Concern.DEVICE | ROUTES),
+        (OTHER, NOTHING),
+    ],
+)
+def test_concern_of_an_address(index: int, is_gone: bool, expected: Concern) -> None:
+    assert concern(AddressChanged(index, UNDERLAY, is_gone), USED, lambda _: False) == expected
+
+
+@pytest.mark.parametrize(
+    ("destination", "index", "is_gone", "expected"),
+    [
+        (PEER, DEVICE, False, NOTHING),
+        (PEER, DEVICE, True, ROUTES),
+        (PEER, INTERFACE, False, ROUTES),
+        (PEER, INTERFACE, True, ROUTES),
+        (PEER, 0, False, ROUTES),
+        (PEER, 0, True, ROUTES),
+        (FOREIGN, DEVICE, False, NOTHING),
+        (FOREIGN, DEVICE, True, NOTHING),
+        (FOREIGN, INTERFACE, False, ROUTES),
+        (FOREIGN, INTERFACE, True, ROUTES),
+        (FOREIGN, 0, False, ROUTES),
+        (FOREIGN, 0, True, ROUTES),
+    ],
+)
+def test_concern_of_a_route(
+    destination: IPv4Network, index: int, is_gone: bool, expected: Concern
+) -> None:
+    event = RouteChanged(destination, index, is_gone)
+    assert concern(event, USED, lambda subnet: subnet == PEER) == expected
+
+
+def test_overrun_concerns_everything() -> None:
+    assert concern(Overrun(), USED, lambda _: False) == EVERYTHING
+    assert {one for one in Concern if one in EVERYTHING} == set(Concern) - {Concern.NOTHING}
+
+
+def _address(address: IPv4Address) -> InterfaceAddress:
+    return InterfaceAddress(address, 24, 0, deprecated=False, permanent=True, temporary=False)
+
+
+def _interface(name: str, index: int, mtu: int, up: bool, *addresses: IPv4Address) -> Interface:
+    kind = "tun" if name == "flannel.1" else "veth"
+    return Interface(index, name, mtu, kind, up, tuple(_address(x) for x in addresses))
+
+
+GOOD_DEVICE = _interface("flannel.1", DEVICE, 1450, True, OWN)
+GOOD_INTERFACE = _interface("eth0", INTERFACE, 1500, True, UNDERLAY)
+
+
+def test_nothing_is_done_where_all_is_well() -> None:
+    found = diagnose(USED, GOOD_DEVICE, GOOD_INTERFACE)
+    assert (found.repair, found.trouble) == (Repair.NOTHING, "")
+    assert (found.address, found.index, found.mtu) == (UNDERLAY, INTERFACE, 1500)
+
+
+@pytest.mark.parametrize(
+    ("device", "expected"),
+    [
+        (None, Repair.REOPEN),
+        (replace(GOOD_DEVICE, kind="vxlan"), Repair.REOPEN),
+        (replace(GOOD_DEVICE, index=OTHER), Repair.REOPEN),
+        (replace(GOOD_DEVICE, up=False), Repair.CONFIGURE),
+        (replace(GOOD_DEVICE, mtu=1200), Repair.CONFIGURE),
+        (replace(GOOD_DEVICE, addresses=()), Repair.CONFIGURE),
+        (replace(GOOD_DEVICE, addresses=(_address(SPARE),)), Repair.CONFIGURE),
+        (replace(GOOD_DEVICE, addresses=(_address(SPARE), _address(OWN))), Repair.NOTHING),
+    ],
+)
+def test_repair_of_the_device(device: Interface | None, expected: Repair) -> None:
+    assert diagnose(USED, device, GOOD_INTERFACE).repair == expected
+
+
+def test_a_missing_interface_is_waited_for() -> None:
+    found = diagnose(USED, GOOD_DEVICE, None)
+    assert found.repair == Repair.NOTHING
+    assert found.trouble == "the underlay interface eth0 is gone"
+
+
+ADDRESSES = ((), (UNDERLAY,), (SPARE,), (SPARE, UNDERLAY))
+
+
+@pytest.mark.parametrize(
+    ("index", "mtu", "up", "addresses"),
+    list(itertools.product((INTERFACE, OTHER), (1500, 1400), (True, False), ADDRESSES)),
+)
+def test_every_state_of_the_interface(
+    index: int, mtu: int, up: bool, addresses: tuple[IPv4Address, ...]
+) -> None:
+    found = diagnose(USED, GOOD_DEVICE, _interface("eth0", index, mtu, up, *addresses))
+    assert (Repair.RESIZE in found.repair, found.mtu) == (mtu != 1500, mtu)
+    assert found.index == index
+    kept = UNDERLAY in addresses
+    assert found.address == (UNDERLAY if kept or not addresses else SPARE)
+    # Sockets can be bound anew only where there is an address.
+    assert (Repair.REBIND in found.repair) == (bool(addresses) and (not kept or index != INTERFACE))
+    if not up:
+        assert found.trouble == "the underlay interface eth0 is down"
+    else:
+        assert found.trouble == ("" if addresses else "eth0 has no usable address")
+
+
+def _message(kind: int, body: bytes) -> bytes:
+    return struct.pack("=IHHII", 16 + len(body), kind, 0, 1, 0) + body
+
+
+def _attribute(kind: int, value: bytes) -> bytes:
+    return struct.pack("=HH", 4 + len(value), kind) + value + bytes(-len(value) % 4)
+
+
+def _link(family: int = socket.AF_UNSPEC) -> bytes:
+    body = struct.pack("=BxHiII", family, 1, 5, 1, 0)
+    return body + _attribute(3, b"eth0\0") + _attribute(4, struct.pack("=I", 1400))
+
+
+def _route(family: int, length: int, kind: int = 1, flags: int = 0) -> bytes:
+    return struct.pack("=BBBBBBBBI", family, length, 0, 0, 254, 3, 0, kind, flags)
+
+
+DST4, DST6 = _attribute(1, FOREIGN.network_address.packed), _attribute(1, bytes(16))
+OIF = _attribute(4, struct.pack("=I", 5))
+ADDRESS4 = struct.pack("=BBBBI", socket.AF_INET, 24, 0, 0, 5)
+EVENTS: list[tuple[bytes, list[HostEvent]]] = [
+    (_message(16, _link()), [LinkChanged(5, "eth0", False, True, 1400)]),
+    (_message(17, _link()), [LinkChanged(5, "eth0", True, True, 1400)]),
+    (_message(17, _link(socket.AF_BRIDGE)), []),
+    (
+        _message(20, ADDRESS4 + _attribute(1, SPARE.packed) + _attribute(2, UNDERLAY.packed)),
+        [AddressChanged(5, UNDERLAY, False)],
+    ),
+    (_message(21, ADDRESS4 + _attribute(1, SPARE.packed)), [AddressChanged(5, SPARE, True)]),
+    (
+        _message(20, ADDRESS4 + _attribute(1, IPv6Address("2001:db8::1").packed)),
+        [AddressChanged(5, IPv6Address("2001:db8::1"), False)],
+    ),
+    (_message(20, ADDRESS4), []),
+    (_message(24, _route(socket.AF_INET, 24) + DST4 + OIF), [RouteChanged(FOREIGN, 5, False)]),
+    (_message(25, _route(socket.AF_INET, 24) + DST4), [RouteChanged(FOREIGN, 0, True)]),
+    (
+        _message(24, _route(socket.AF_INET, 0) + OIF),
+        [RouteChanged(IPv4Network("0.0.0.0/0"), 5, False)],
+    ),
+    (
+        _message(24, _route(socket.AF_INET6, 0) + DST6),
+        [RouteChanged(IPv6Network("::/0"), 0, False)],
+    ),
+    (_message(24, _route(socket.AF_INET, 24, kind=2) + DST4 + OIF), []),
+    (_message(24, _route(socket.AF_INET, 24, flags=0x200) + DST4 + OIF), []),
+    (_message(28, bytes(12)), []),
+]
+
+
+@pytest.mark.parametrize(("message", "expected"), EVENTS)
+def test_messages_of_the_kernel(message: bytes, expected: list[HostEvent]) -> None:
+    assert list(parse_events(message)) == expected
+
+
+def test_several_messages_at_once() -> None:
+    messages = b"".join(message + bytes(-len(message) % 4) for message, _ in EVENTS)
+    assert list(parse_events(messages)) == [event for _, found in EVENTS for event in found]
+
+
+@given(st.lists(st.sampled_from([message for message, _ in EVENTS])), st.integers(0, 40))
+def test_a_message_that_is_cut_off_ends_the_reading(messages: list[bytes], cut: int) -> None:
+    whole = b"".join(message + bytes(-len(message) % 4) for message in messages)
+    complete = list(parse_events(whole))
+    found = list(parse_events(whole[: max(0, len(whole) - cut)]))
+    assert found == complete[: len(found)]
