@@ -1,8 +1,9 @@
 """The kernel's routes to peers: through our device, or straight to a peer on the same link.
 
 Blocking: it runs in netlink's thread. Messages are made and read here, in batches, which is thirty
-times faster at 10,000 peers than one call a route. It decides nothing but whether a peer can be
-reached directly (DirectRouting, spec section 7).
+times faster at 10,000 peers than one call a route. It decides what follows from the kernel's own
+way to a peer: whether it can be reached directly (DirectRouting, spec section 7), and the MTU of
+the route to its subnet.
 """
 
 from __future__ import annotations
@@ -26,21 +27,37 @@ _RTM_NEWROUTE, _RTM_DELROUTE, _RTM_GETROUTE = 24, 25, 26
 _NLM_F_REQUEST, _NLM_F_ACK, _NLM_F_REPLACE, _NLM_F_CREATE = 0x1, 0x4, 0x100, 0x400
 _NLM_F_DUMP = 0x300
 _NLA_TYPE_MASK = 0x3FFF
-_RTA_DST, _RTA_OIF, _RTA_GATEWAY = 1, 4, 5
+_RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_METRICS, _RTAX_MTU = 1, 4, 5, 8, 2
 _RT_TABLE_MAIN, _RTPROT_BOOT, _RT_SCOPE_UNIVERSE, _RTN_UNICAST = 254, 3, 0, 1
 _RTNH_F_ONLINK = 4
 _FAMILY = {4: socket.AF_INET, 6: socket.AF_INET6}
+_MTU_MIN = {4: 68, 6: 1280}
 _VERSION = {family: version for version, family in _FAMILY.items()}
 
 
 @dataclass(frozen=True, slots=True)
 class KernelRoute:
-    """`SUBNET via GATEWAY dev INDEX`, and whether the gateway is taken to be there (`onlink`)."""
+    """`SUBNET via GATEWAY dev INDEX`, and whether the gateway is taken to be there (`onlink`).
+
+    `mtu` in bytes, 0 where it is the device's.
+    """
 
     subnet: IPNetwork
     gateway: IPAddress
     index: int
     onlink: bool
+    mtu: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """How the kernel sends to a peer: on this link (`index`), or by a gateway; `mtu` as above."""
+
+    index: int | None
+    mtu: int
+
+
+_UNKNOWN = _Way(None, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +69,20 @@ class DirectRouting:
 
 
 class PeerRoutes:
-    """The routes to the peers of one device; `direct` is None where all are encapsulated."""
+    """The routes to the peers of one device; `direct` is None where all are encapsulated.
 
-    def __init__(self, device: str, direct: DirectRouting | None) -> None:
+    `mtu` is the device's, `overhead` what encapsulation adds, both in bytes. Where the kernel knows
+    a smaller MTU on the way to a peer, the route to its subnet has what remains of that, so that
+    senders are told (RFC 1191) instead of every packet being sent in fragments.
+    """
+
+    def __init__(
+        self, device: str, direct: DirectRouting | None, *, mtu: int, overhead: int
+    ) -> None:
+        self.mtu = mtu
         self._device = device
         self._direct = direct
+        self._overhead = overhead
 
     def apply(
         self, replace: Mapping[IPNetwork, IPAddress], delete: Sequence[IPNetwork]
@@ -95,13 +121,19 @@ class PeerRoutes:
         self, netlink: socket.socket, peers: Mapping[IPNetwork, IPAddress]
     ) -> dict[IPNetwork, KernelRoute]:
         index = socket.if_nametoindex(self._device)
-        links = _links_to(netlink, peers.values()) if self._direct is not None else {}
+        ways = _ways_to(netlink, peers.values())
         return {
-            subnet: KernelRoute(subnet, underlay, links[underlay], onlink=False)
-            if underlay in links
-            else KernelRoute(subnet, subnet.network_address, index, onlink=True)
+            subnet: self._route(subnet, underlay, ways.get(underlay, _UNKNOWN), index)
             for subnet, underlay in peers.items()
         }
+
+    def _route(self, subnet: IPNetwork, underlay: IPAddress, way: _Way, index: int) -> KernelRoute:
+        if self._direct is not None and way.index is not None:
+            return KernelRoute(subnet, underlay, way.index, onlink=False)
+        mtu = 0
+        if way.mtu and way.mtu - self._overhead < self.mtu:
+            mtu = max(way.mtu - self._overhead, _MTU_MIN[subnet.version])
+        return KernelRoute(subnet, subnet.network_address, index, onlink=True, mtu=mtu)
 
 
 def _open() -> socket.socket:
@@ -148,6 +180,8 @@ def _replace_message(route: KernelRoute) -> tuple[int, int, bytes]:
     body = _route_header(route.subnet, _RTNH_F_ONLINK if route.onlink else 0)
     body += _attribute(_RTA_GATEWAY, route.gateway.packed)
     body += _attribute(_RTA_OIF, struct.pack("=I", route.index))
+    if route.mtu:
+        body += _attribute(_RTA_METRICS, _attribute(_RTAX_MTU, struct.pack("=I", route.mtu)))
     return _RTM_NEWROUTE, _NLM_F_CREATE | _NLM_F_REPLACE, body
 
 
@@ -171,8 +205,8 @@ def _route_header(subnet: IPNetwork, flags: int) -> bytes:
     return header + _attribute(_RTA_DST, subnet.network_address.packed)
 
 
-def _links_to(netlink: socket.socket, addresses: Iterable[IPAddress]) -> dict[IPAddress, int]:
-    """Return the interface of each address that the kernel reaches without a gateway."""
+def _ways_to(netlink: socket.socket, addresses: Iterable[IPAddress]) -> dict[IPAddress, _Way]:
+    """Return how the kernel reaches each address; those that it cannot reach are left out."""
     wanted = list(dict.fromkeys(addresses))
     found = {}
     for start in range(0, len(wanted), BATCH):
@@ -187,8 +221,8 @@ def _links_to(netlink: socket.socket, addresses: Iterable[IPAddress]) -> dict[IP
             if kind != _RTM_NEWROUTE or _RTMSG.unpack_from(body)[7] != _RTN_UNICAST:
                 continue
             about = attributes(body)
-            if _RTA_GATEWAY not in about and _RTA_OIF in about:
-                found[wanted[sequence]] = _index(about)
+            on_link = _RTA_GATEWAY not in about and _RTA_OIF in about
+            found[wanted[sequence]] = _Way(_index(about) if on_link else None, _mtu(about))
     return found
 
 
@@ -214,7 +248,13 @@ def _dump(netlink: socket.socket) -> Iterator[KernelRoute]:
                 ip_address(about[_RTA_GATEWAY]),
                 _index(about),
                 bool(flags & _RTNH_F_ONLINK),
+                _mtu(about),
             )
+
+
+def _mtu(about: Mapping[int, bytes]) -> int:
+    value = attributes(about.get(_RTA_METRICS, b""), 0).get(_RTAX_MTU)
+    return int(struct.unpack("=I", value)[0]) if value else 0
 
 
 def _index(about: Mapping[int, bytes]) -> int:

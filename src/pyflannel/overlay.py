@@ -162,6 +162,8 @@ class Overlay:
             DirectRouting(config.ipv4.network, config.ipv4.length)
             if config.backend.direct_routing
             else None,
+            mtu=underlying.mtu,
+            overhead=OVERHEAD_BYTES,
         )
         self._has_reconciled = False
 
@@ -352,6 +354,7 @@ class Overlay:
         choice = replace(self.underlying.choice, mtu=outer_mtu)
         mtu = _overlay_mtu(choice, self._config)
         self.underlying = replace(self.underlying, choice=choice, mtu=mtu)
+        self._peer_routes.mtu = mtu
         log.warning(
             "the MTU of %s is %d, so %d in the overlay; containers keep theirs until a restart",
             choice.name,

@@ -55,8 +55,12 @@ def _device(host: Host) -> object:
     return link["mtu"], link["txqlen"], "UP" in link["flags"], link["linkinfo"], addresses
 
 
+def _routes(host: Host) -> str:
+    return host.ip("route", "show", "dev", "flannel.1")
+
+
 def _state(host: Host) -> object:
-    return _device(host), host.ip("route", "show", "dev", "flannel.1")
+    return _device(host), _routes(host)
 
 
 def _subnet(host: Host) -> IPv4Network:
@@ -110,6 +114,23 @@ def test_mtu_of_the_interface_is_carried_on(nodes: Lab) -> None:
     assert _reaches(nodes)
 
 
+def test_smaller_mtu_on_the_way_to_a_peer_becomes_that_of_its_route(nodes: Lab) -> None:
+    host, peer = nodes.hosts
+    before = _state(host)
+    way = (f"{peer.address}/32", "dev", "eth0", "mtu", "1300")
+    _within_a_second(
+        lambda: host.ip("route", "add", *way),
+        lambda: f"{_subnet(peer)} via {_subnet(peer)[0]} onlink mtu 1250" in _routes(host),
+    )
+    assert host.container is not None
+    target = str(container_address(peer))
+    refused = host.container.exec("ping", "-c", "1", "-M", "do", "-s", "1300", target, check=False)
+    assert f"From {host.subnet_env()['FLANNEL_SUBNET'].split('/')[0]}" in refused
+    assert "mtu = 1250" in refused
+    assert ping(host.container, container_address(peer), "-M", "do", "-s", "1222")
+    _within_a_second(lambda: host.ip("route", "del", *way), lambda: _state(host) == before)
+
+
 def test_interface_down_and_up_costs_only_the_time_between(nodes: Lab) -> None:
     host = nodes.hosts[0]
     before = _state(host)
@@ -137,6 +158,23 @@ def test_new_address_is_advertised_and_sent_from(nodes: Lab) -> None:
             lambda: _readvertised(nodes, new) and _reaches(nodes),  # noqa: B023 called at once
         )
         assert (_state(host), _subnet(host)) == (before, subnet)
+
+
+def test_new_address_is_advertised_as_soon_as_etcd_answers(nodes: Lab) -> None:
+    host, etcd = nodes.hosts[0], nodes.switch.processes[nodes.etcd or 0]
+    etcd.send_signal(signal.SIGSTOP)
+    try:
+        host.ip("addr", "del", "192.168.77.11/24", "dev", "eth0")
+        host.ip("addr", "add", "192.168.77.111/24", "dev", "eth0")
+        wait_until(lambda: "sending from 192.168.77.111" in host.log.read_text(), "noticed", 1)
+    finally:
+        etcd.send_signal(signal.SIGCONT)
+    # What waits for an answer of etcd gives up after 3 s, and asks again after up to 2 s.
+    wait_until(lambda: _readvertised(nodes, "192.168.77.111"), "told to the peers", 6)
+    host.ip("addr", "del", "192.168.77.111/24", "dev", "eth0")
+    host.ip("addr", "add", "192.168.77.11/24", "dev", "eth0")
+    wait_until(lambda: _readvertised(nodes, "192.168.77.11"), "told to the peers", LIMIT_SECONDS)
+    assert "somebody else" not in host.log.read_text()
 
 
 def test_interface_that_is_plugged_anew_is_used_again(nodes: Lab) -> None:
