@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -71,10 +72,11 @@ def test_cases_measure(stack: Stack) -> None:
 
 
 def test_cpu_window_tells_own_from_foreign() -> None:
-    window = CpuWindow()
-    while (use := window.end()).elapsed < 0.5:
+    window, began = CpuWindow(), time.process_time()
+    # Not a time of the wall: on a busy machine that may be others' time.
+    while time.process_time() - began < 0.4:
         pass
-    assert use.used > 0.3
+    assert window.end().used > 0.3
 
 
 def test_a_transfer_is_compared(stack: Stack) -> None:
