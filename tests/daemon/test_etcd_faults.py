@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trustme
@@ -100,12 +101,12 @@ class Faults:
             "BackendType": "vxlan",
             "BackendData": {"VNI": 1, "VtepMAC": f"02:00:00:00:00:{number:02x}"},
         }
-        endpoints = [x.client_url for x in self.cluster.members if x is not not_at]
-        self.cluster.run(
-            "put",
-            f"{SUBNETS}10.244.{number}.0-24",
-            json.dumps(value),
-            endpoint=",".join(endpoints),
+        endpoints = ",".join(x.client_url for x in self.cluster.members if x is not not_at)
+        words = ("put", f"{SUBNETS}10.244.{number}.0-24", json.dumps(value))
+        # What a leader had in hand when it froze is lost; etcdctl does not ask again.
+        wait_until(
+            lambda: self.cluster.run(*words, endpoint=endpoints, check=False) == "OK\n",
+            "the lease of a new peer is put",
         )
         return f"10.244.{number}.0/24"
 
@@ -143,6 +144,12 @@ class Faults:
         missing = set(range(sent)) - {int(number) for number in numbers}
         assert not missing, f"{len(missing)} of {sent} lost, from {min(missing)} to {max(missing)}"
         assert sent > 90 * (took - 1)
+
+    def status(self, host: Host) -> dict[str, Any]:
+        """What the node says about etcd."""
+        words = ("-m", "pyflannel", "status", "--json", "--control-dir", str(host.folder))
+        found: dict[str, Any] = json.loads(host.exec(sys.executable, *words))["etcd"]
+        return found
 
     def said(self, host: Host, text: str) -> int:
         """How often a node's log has a text."""
@@ -252,6 +259,11 @@ def test_the_member_in_use_is_killed(faults: Faults) -> None:
         with faults.noticed(text="leaving an etcd endpoint"):
             member.kill()
         faults.followed()
+        for host in faults.nodes:
+            status = faults.status(host)
+            assert status["state"] == "well"
+            assert status["endpoint"] in faults.cluster.endpoints[1:]
+            assert member.client_url in status["last_error"]
         more(100)
         faults.cluster.start(member)
         faults.followed()
@@ -263,8 +275,22 @@ def test_all_members_are_killed(faults: Faults) -> None:
             for member in faults.cluster.members:
                 member.kill()
         more(500)
+        for host in faults.nodes:
+            status = faults.status(host)
+            assert status["state"] == "lost"
+            assert not status["view"]["is_following"]
+            assert status["view"]["age_seconds"] > 4
+            assert status["silence_seconds"] > 4
+            assert "Connection refused" in status["last_error"]
+            assert status["last_error_seconds"] < 2
         faults.cluster.start()
         faults.followed()
+        for host in faults.nodes:
+            status = faults.status(host)
+            assert status["state"] == "well"
+            assert status["view"]["is_following"]
+            assert status["view"]["age_seconds"] < 6
+            assert status["revision"] >= status["view"]["revision"]
 
 
 def test_all_members_hang(faults: Faults) -> None:
@@ -283,9 +309,9 @@ def test_the_member_in_use_hangs(faults: Faults) -> None:
     for member in faults.cluster.members:
         with faults.stream():
             member.freeze()
-            started = time.monotonic()
             try:
                 subnet = faults.put_peer(not_at=member)
+                started = time.monotonic()
                 for host in faults.nodes:
                     wait_until(partial(_has_route, host, subnet), f"{subnet} at {host.name}")
                 # Up to 5 s until the next probe, and 3 s that it waits for its answer.
