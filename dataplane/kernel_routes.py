@@ -1,14 +1,15 @@
 """The kernel's routes to peers: through our device, or straight to a peer on the same link.
 
-Blocking: it runs in netlink's thread. Messages are made and read here, in batches, which is thirty
-times faster at 10,000 peers than one call a route. It decides what follows from the kernel's own
+Blocking: it runs in netlink's thread. Messages are made and read here, in batches, which is many
+times faster than one call a route. It decides what follows from the kernel's own
 way to a peer: whether it can be reached directly (DirectRouting, spec section 7), and the MTU of
-the route to its subnet.
+the route to its subnet. OSError with ENODEV when the device is gone.
 """
 
 from __future__ import annotations
 
 import errno
+import os
 import socket
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -87,13 +88,21 @@ class PeerRoutes:
     def apply(
         self, replace: Mapping[IPNetwork, IPAddress], delete: Sequence[IPNetwork]
     ) -> list[tuple[IPNetwork, int]]:
-        """Write routes to subnets behind underlay addresses; return what failed with its errno."""
+        """Write routes to subnets behind underlay addresses; return what failed with its errno.
+
+        A route to delete that is not there is no failure.
+        """
         with _open() as netlink:
             return _write(netlink, self._wanted(netlink, replace).values(), delete)
 
-    def sync(self, peers: Mapping[IPNetwork, IPAddress]) -> tuple[int, int]:
-        """Make the routes exactly these; return how many came and how many went."""
-        index = socket.if_nametoindex(self._device)
+    def sync(
+        self, peers: Mapping[IPNetwork, IPAddress]
+    ) -> tuple[int, int, list[tuple[IPNetwork, int]]]:
+        """Make the routes exactly these; return how many came and went, and what failed as `apply`.
+
+        Only routes of protocol boot with a gateway are looked at, as flannel writes them.
+        """
+        index = device_index(self._device)
         with _open() as netlink:
             wanted = self._wanted(netlink, peers)
             right, stale = set(), []
@@ -105,8 +114,8 @@ class PeerRoutes:
                 elif route.index == index or self._was_direct(route):
                     stale.append(route.subnet)
             missing = [route for subnet, route in wanted.items() if subnet not in right]
-            _write(netlink, missing, stale)
-        return len(missing), len(stale)
+            failed = _write(netlink, missing, stale)
+        return len(missing), len(stale), failed
 
     def _was_direct(self, route: KernelRoute) -> bool:
         """Whether we must have made it in an earlier run: nobody else routes these subnets."""
@@ -120,7 +129,7 @@ class PeerRoutes:
     def _wanted(
         self, netlink: socket.socket, peers: Mapping[IPNetwork, IPAddress]
     ) -> dict[IPNetwork, KernelRoute]:
-        index = socket.if_nametoindex(self._device)
+        index = device_index(self._device)
         ways = _ways_to(netlink, peers.values())
         return {
             subnet: self._route(subnet, underlay, ways.get(underlay, _UNKNOWN), index)
@@ -134,6 +143,15 @@ class PeerRoutes:
         if way.mtu and way.mtu - self._overhead < self.mtu:
             mtu = max(way.mtu - self._overhead, _MTU_MIN[subnet.version])
         return KernelRoute(subnet, subnet.network_address, index, onlink=True, mtu=mtu)
+
+
+def device_index(name: str) -> int:
+    """Return the index of a device; OSError with ENODEV when there is none."""
+    try:
+        return socket.if_nametoindex(name)
+    except OSError:
+        # Python's own error says neither number nor name.
+        raise OSError(errno.ENODEV, os.strerror(errno.ENODEV), name) from None
 
 
 def _open() -> socket.socket:

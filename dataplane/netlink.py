@@ -2,6 +2,8 @@
 
 pyroute2 in one worker thread, because its asyncio flavour does not run under uvloop; the routes to
 peers are `kernel_routes`, which runs in the same thread. It decides nothing.
+
+Every method raises OSError when the kernel says no, ENODEV when the device is gone.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import os
 import socket
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +24,7 @@ from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
 from pyflannel.dataplane.interface import Interface, InterfaceAddress, Reach
+from pyflannel.dataplane.kernel_routes import device_index
 from pyflannel.dataplane.route import IPNetwork, MacAddress
 
 T = TypeVar("T")
@@ -31,11 +35,16 @@ _IFA_F_TEMPORARY, _IFA_F_DEPRECATED, _IFA_F_PERMANENT = 0x01, 0x20, 0x80
 _RT_TABLE_MAIN = 254
 _IFF_UP = 1
 _LAST_METRIC = 0xFFFFFFFF
+# What a route lookup answers for no route and for routes of type unreachable, prohibit, blackhole.
+_NO_WAY = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EACCES, errno.EINVAL)
 
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """A network device; the vxlan fields are None for other kinds."""
+    """A network device: `mtu` in bytes; `kind` empty for hardware, `mac` None without Ethernet.
+
+    The vxlan fields, VNI and UDP port, are None for other kinds.
+    """
 
     index: int
     name: str
@@ -61,8 +70,7 @@ def _link(message: Any) -> Link:
         mtu=message.get("mtu") or 0,
         up=bool(message["flags"] & _IFF_UP),
         vxlan_id=vxlan.get("vxlan_id") if vxlan else None,
-        # The kernel keeps the port in network order.
-        vxlan_port=socket.ntohs(vxlan.get("vxlan_port")) if vxlan else None,
+        vxlan_port=vxlan.get("vxlan_port") if vxlan else None,
     )
 
 
@@ -95,7 +103,10 @@ class Netlink:
 
     async def run(self, work: Callable[..., T], *args: Any) -> T:
         """Run something that blocks in netlink's thread, one after another."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work, *args)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, work, *args)
+        except NetlinkError as error:
+            raise OSError(error.code, os.strerror(error.code)) from error
 
     async def interfaces(self) -> tuple[Interface, ...]:
         """Return all interfaces with their IPv4 addresses, in kernel order."""
@@ -119,7 +130,7 @@ class Netlink:
         )
 
     async def default_route_interface(self) -> str | None:
-        """Return the interface of the first IPv4 default route."""
+        """Return the interface of the first IPv4 default route, None where there is none."""
         return await self.run(self._default_route_interface)
 
     def _default_route_interface(self) -> str | None:
@@ -138,10 +149,8 @@ class Netlink:
     def _route_to(self, address: IPv4Address) -> Reach | None:
         try:
             routes = self._ipr.route("get", dst=str(address))
-        except Exception as error:
-            # The last two are the answers of a blackhole and of a prohibiting route.
-            no_route = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EINVAL, errno.EACCES)
-            if getattr(error, "code", None) in no_route:
+        except NetlinkError as error:
+            if error.code in _NO_WAY:
                 return None
             raise
         source, gateway = routes[0].get("prefsrc"), routes[0].get("gateway")
@@ -152,7 +161,7 @@ class Netlink:
         )
 
     async def link(self, name: str) -> Link | None:
-        """Return a device by name."""
+        """Return a device by name, None where there is none."""
         return next((x for x in await self._links() if x.name == name), None)
 
     async def _links(self) -> list[Link]:
@@ -164,7 +173,7 @@ class Netlink:
 
     async def delete_link(self, name: str) -> None:
         """Delete a device; its routes go with it."""
-        await self.run(lambda: self._ipr.link("del", index=socket.if_nametoindex(name)))
+        await self.run(lambda: self._ipr.link("del", index=device_index(name)))
 
     async def configure_device(
         self,
@@ -174,31 +183,30 @@ class Netlink:
         queue_length: int,
         network: IPv4Network,
     ) -> None:
-        """Give our device its /32, MTU and queue, and bring it up (spec section 9.5).
+        """Give our device its /32, MTU (bytes) and queue (packets); bring it up (spec section 9.5).
 
-        Other addresses on it inside `network` are removed; IPv6 router advertisements are ignored.
+        Other addresses on it inside `network` are removed, after ours is there: with the last
+        address of a device the kernel removes its routes. IPv6 router advertisements are ignored.
         """
         await self.run(self._configure_device, name, address, mtu, queue_length, network)
 
     def _configure_device(
         self, name: str, address: IPv4Address, mtu: int, queue_length: int, network: IPv4Network
     ) -> None:
-        index = socket.if_nametoindex(name)
+        index = device_index(name)
         accept_ra = Path(f"/proc/sys/net/ipv6/conf/{name}/accept_ra")
         # Read-only inside most containers, where nobody sends advertisements into our TUN either.
         with contextlib.suppress(OSError):
             accept_ra.write_text("0")
-        present = False
-        for message in self._ipr.get_addr(family=socket.AF_INET, index=index):
-            other = _address(message)
-            if other.address == address and other.prefixlen == 32:
-                present = True
-            elif other.address in network:
+        found = [_address(x) for x in self._ipr.get_addr(family=socket.AF_INET, index=index)]
+        others = [x for x in found if (x.address, x.prefixlen) != (address, 32)]
+        if len(others) == len(found):
+            self._ipr.addr("add", index=index, address=str(address), prefixlen=32)
+        for other in others:
+            if other.address in network:
                 self._ipr.addr(
                     "del", index=index, address=str(other.address), prefixlen=other.prefixlen
                 )
-        if not present:
-            self._ipr.addr("add", index=index, address=str(address), prefixlen=32)
         self._ipr.link("set", index=index, mtu=mtu, txqlen=queue_length, state="up")
 
     async def ensure_blackhole(self, subnet: IPNetwork) -> None:

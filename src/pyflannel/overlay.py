@@ -13,9 +13,10 @@ import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from ipaddress import IPv4Address, IPv4Network
+from pathlib import Path
 
 from pyflannel.control.network_config import NetworkConfig
-from pyflannel.dataplane.fastpath import AntiSpoofing, Context, FastpathConfig, Schedule, WorkerIo
+from pyflannel.dataplane.fastpath import AntiSpoofing, Context, FastpathConfig, WorkerIo
 from pyflannel.dataplane.forwarder import Forwarder, Workers
 from pyflannel.dataplane.host_change import InUse
 from pyflannel.dataplane.interface import Choice, choose_interface
@@ -38,6 +39,7 @@ from pyflannel.options import Options
 
 log = logging.getLogger(__name__)
 
+FORWARDING = Path("/proc/sys/net/ipv4/ip_forward")
 OVERHEAD_BYTES = 50
 """Outer IPv4, UDP, VXLAN and inner Ethernet header, counted against the underlay MTU."""
 
@@ -243,7 +245,14 @@ class Overlay:
     async def adopt(self, subnet: IPv4Network) -> None:
         """Give the device the address of our subnet, the MTU and its queue, and bring it up."""
         self._subnet = subnet
-        await self.configure()
+        try:
+            await self.configure()
+        except OSError as error:
+            raise Refusal(
+                f"{self.device}: the kernel refuses address {subnet.network_address} and MTU "
+                f"{self.underlying.mtu} ({error.strerror}); check Backend.MTU and "
+                f"`ip -d addr show {self.device}`"
+            ) from error
 
     async def configure(self) -> None:
         """Do what `adopt` did once more, after somebody undid it or the MTU has changed."""
@@ -280,6 +289,9 @@ class Overlay:
             failed = []
         for subnet in deleted:
             self.context.delete(subnet)
+        self._tell_refused(failed)
+
+    def _tell_refused(self, failed: Sequence[tuple[IPNetwork, int]]) -> None:
         for subnet, err in failed:
             log.error("kernel route to %s: %s", subnet, os.strerror(err))
 
@@ -289,10 +301,11 @@ class Overlay:
         """
         peers = {route.subnet: route.underlay for route in wanted}
         try:
-            came, went = await self._netlink.run(self._peer_routes.sync, peers)
+            came, went, failed = await self._netlink.run(self._peer_routes.sync, peers)
         except OSError as error:
             log.error("routes on %s cannot be looked after: %s", self.device, error.strerror)
             return
+        self._tell_refused(failed)
         if came or went or not self._has_reconciled:
             log.info(
                 "Routes on %s: %d peers, %d written, %d stale removed",
@@ -307,6 +320,11 @@ class Overlay:
         """Begin to forward; `on_lost` is called when the device disappears."""
         self._forwarder = Forwarder(self.context, Workers(self._options.workers), on_lost)
         self._stack.callback(self._forwarder.close)
+        if FORWARDING.read_text().strip() == "0":
+            log.warning(
+                "this host forwards no packets, so only itself is reached, not its containers: "
+                "sysctl -w net.ipv4.ip_forward=1"
+            )
         io = self._worker_io()
         self._forwarder.start(io)
         log.info("Forwarding with workers %s and offloads %s", self._options.workers, io.offload)
@@ -320,7 +338,6 @@ class Overlay:
             send=underlay.send_fds,
             offload=self.offload,
             poll_us=self._options.poll_us,
-            schedule=Schedule[self._options.sched.upper()],
         )
 
     def reopen(self) -> None:

@@ -61,12 +61,13 @@ def _refused(
         ("{", "not JSON"),
         ('{"Network":"10.244.0.0/16"}', "Backend is missing"),
         ('{"Network":"10.244.0.0/16","Backend":{"Type":"udp"}}', 'Backend.Type "udp"'),
-        ('{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan","GBP":true}}', "group policy"),
         (
             '{"Network":"10.244.0.0/16","EnableIPv6":true,"IPv6Network":"2001:db8::/48",'
             '"Backend":{"Type":"vxlan"}}',
             "IPv4 only",
         ),
+        ('{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan","MTU":60}}', "check Backend.MTU"),
+        ('{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan","MTU":50}}', "check Backend.MTU"),
     ],
 )
 def test_bad_configuration(made: Lab, host: Host, config: str, named: str) -> None:
@@ -102,6 +103,18 @@ def test_port_is_taken_by_a_process(made: Lab, host: Host) -> None:
     error = _refused(made, host)
     assert "8472" in error
     assert str(host.processes[holder].pid) in error
+
+
+def test_port_is_taken_by_a_kernel_device_of_another_name(made: Lab, host: Host) -> None:
+    vxlan = ("type", "vxlan", "id", "9", "dev", "eth0", "dstport", "8472")
+    host.ip("link", "add", "other0", *vxlan)
+    host.ip("link", "set", "other0", "up")
+    try:
+        error = _refused(made, host)
+    finally:
+        host.ip("link", "del", "other0")
+    assert "held by the kernel vxlan device other0" in error
+    assert "ip link delete other0" in error
 
 
 def test_a_second_daemon(made: Lab, host: Host) -> None:

@@ -1,0 +1,135 @@
+"""The kernel's routes to peers, in a namespace with a real TUN.
+
+lone namespace:   eth0 === veth0        flannel.1 (TUN)
+               192.0.2.11/24           10.244.5.0/32
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import time
+from collections.abc import Iterator, Sequence
+from ipaddress import IPv4Address, IPv4Network, ip_network
+
+import pytest
+
+from pyflannel.dataplane.kernel_routes import DirectRouting, PeerRoutes
+from pyflannel.dataplane.route import IPNetwork
+from pyflannel.dataplane.tun import Tun
+from tests.lab.hosts import Namespace
+from tests.lab.inside import inside, lone_namespace
+from tests.lab.require import require_program, require_root
+
+DEVICE = "flannel.1"
+FIRST, SECOND, THIRD = (ip_network(f"10.244.{n}.0/24") for n in (6, 7, 8))
+OURS = ip_network("10.244.5.0/24")
+UNDERLAY = IPv4Address("192.0.2.12")
+
+
+@pytest.fixture
+def host() -> Iterator[Namespace]:
+    require_root()
+    require_program("ip")
+    with lone_namespace() as made:
+        made.ip("link", "add", "eth0", "type", "veth", "peer", "name", "veth0")
+        for name in ("eth0", "veth0"):
+            made.ip("link", "set", name, "up")
+        made.ip("addr", "add", "192.0.2.11/24", "dev", "eth0")
+        tun = inside(made, lambda: Tun.open(DEVICE))
+        made.ip("addr", "add", "10.244.5.0/32", "dev", DEVICE)
+        made.ip("link", "set", DEVICE, "up")
+        yield made
+        tun.close()
+
+
+def write(
+    host: Namespace, replace: Sequence[IPNetwork], delete: Sequence[IPNetwork] = ()
+) -> list[tuple[IPNetwork, int]]:
+    peers = dict.fromkeys(replace, UNDERLAY)
+    return inside(
+        host, lambda: PeerRoutes(DEVICE, None, mtu=1450, overhead=50).apply(peers, delete)
+    )
+
+
+def sync(
+    host: Namespace, wanted: Sequence[IPNetwork], direct: DirectRouting | None = None
+) -> tuple[int, int, list[tuple[IPNetwork, int]]]:
+    peers = dict.fromkeys(wanted, UNDERLAY)
+    return inside(host, lambda: PeerRoutes(DEVICE, direct, mtu=1450, overhead=50).sync(peers))
+
+
+def routes(host: Namespace) -> list[str]:
+    return [line.strip() for line in host.ip("route", "show", "dev", DEVICE).splitlines()]
+
+
+def route(subnet: IPNetwork) -> str:
+    return f"{subnet} via {subnet.network_address} onlink"
+
+
+def test_routes_are_written_as_flannel_writes_them(host: Namespace) -> None:
+    assert write(host, [FIRST, SECOND]) == []
+    assert routes(host) == [route(FIRST), route(SECOND)]
+    (first, _) = json.loads(host.ip("-d", "-j", "route", "show", "dev", DEVICE))
+    assert (first["protocol"], first["scope"], first["type"]) == ("boot", "global", "unicast")
+    assert write(host, [FIRST], [SECOND]) == []
+    assert write(host, [], [SECOND]) == []
+    assert routes(host) == [route(FIRST)]
+
+
+def test_a_refused_route_is_told_by_errno_and_the_others_stand(host: Namespace) -> None:
+    assert write(host, [FIRST, OURS, SECOND]) == [(OURS, errno.EINVAL)]
+    assert routes(host) == [route(FIRST), route(SECOND)]
+    assert sync(host, [FIRST, OURS, SECOND]) == (1, 0, [(OURS, errno.EINVAL)])
+
+
+def test_a_device_that_is_gone_is_told(host: Namespace) -> None:
+    host.ip("link", "del", DEVICE)
+    with pytest.raises(OSError) as caught:
+        sync(host, [FIRST])
+    assert (caught.value.errno, caught.value.strerror) == (errno.ENODEV, "No such device")
+
+
+def test_stale_and_missing_routes_are_mended_and_others_left_alone(host: Namespace) -> None:
+    write(host, [FIRST])
+    left_alone = (
+        f"10.244.21.0/24 dev {DEVICE} scope link",
+        f"10.244.23.0/24 via 10.244.23.0 dev {DEVICE} proto static onlink",
+        "10.244.24.0/24 via 192.0.2.1 dev eth0",
+    )
+    for line in (
+        f"{SECOND} via 10.244.99.0 dev {DEVICE} onlink",
+        f"10.244.20.0/24 via 10.244.20.0 dev {DEVICE} onlink",
+        f"10.244.22.0/24 via 10.244.22.0 dev {DEVICE} onlink metric 5",
+        *left_alone,
+    ):
+        host.ip("route", "add", *line.split())
+    wanted = [FIRST, SECOND, THIRD]
+    assert sync(host, wanted) == (2, 2, [])
+    found = [line.strip() for line in host.ip("route").splitlines()]
+    mended = [f"{x} via {x.network_address} dev {DEVICE} onlink" for x in wanted]
+    assert found[:-1] == [*mended, *left_alone]
+    assert sync(host, wanted) == (0, 0, [])
+
+
+def test_a_peer_on_our_link_is_reached_directly_and_one_behind_a_router_is_not(
+    host: Namespace,
+) -> None:
+    direct = DirectRouting(IPv4Network("10.244.0.0/16"), 24)
+    assert sync(host, [FIRST], direct) == (1, 0, [])
+    assert f"{FIRST} via {UNDERLAY} dev eth0" in host.ip("route")
+    host.ip("route", "add", f"{UNDERLAY}/32", "via", "192.0.2.1")
+    assert sync(host, [FIRST], direct) == (1, 0, [])
+    assert routes(host) == [route(FIRST)]
+
+
+def test_ten_thousand_routes_come_and_go_in_bulk(host: Namespace) -> None:
+    many = list(IPv4Network("10.0.0.0/8").subnets(new_prefix=24))[:10_000]
+    start = time.monotonic()
+    assert write(host, many) == []
+    # 1.3 s, all of it the kernel's: it compares each new next hop with all others of the device.
+    assert time.monotonic() - start < 5
+    assert len(routes(host)) == len(many)
+    assert sync(host, many) == (0, 0, [])
+    assert write(host, [], many) == []
+    assert routes(host) == []
