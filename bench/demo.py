@@ -17,7 +17,6 @@ from tests.lab.hosts import (
     Lab,
     Namespace,
     container_address,
-    has_kernel_vxlan,
     lab,
     ping,
     wait_until,
@@ -129,8 +128,8 @@ def iperf_table(made: Lab, kernel: bool) -> None:
 
 def main() -> int:
     """Run the demo; 1 when a ping is lost."""
-    kernel = has_kernel_vxlan()
     with lab(3) as made:
+        kernel = made.has_kernel_vxlan()
         start_nodes(made, kernel)
         good = ping_matrix(made)
         iperf_table(made, kernel)

@@ -101,6 +101,7 @@ def build(variant: Variant, mode: str) -> Stack:
     """
     made = Lab(UNDERLAYS[mode])
     try:
+        made.start_switch()
         made.cable(made.add_host(), made.add_host())
         stack = Stack(variant, made, KINDS[variant.kind](made, variant))
         stack.sink.start("iperf3", "-s", log=made.folder / "iperf3.log")

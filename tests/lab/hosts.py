@@ -155,11 +155,14 @@ class Lab:
         self.folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix=self._tag)))
         self.hosts: list[Host] = []
         self.switch = Namespace(f"{self._tag}-sw")
+        self.etcd: int | None = None
+
+    def start_switch(self) -> None:
+        """Make the switch; the first step."""
         self._add(self.switch)
         self.switch.ip("link", "add", "br0", "type", "bridge")
         self.switch.ip("addr", "add", f"{SWITCH_ADDRESS}/24", "dev", "br0")
         self.switch.ip("link", "set", "br0", "up")
-        self.etcd: int | None = None
 
     def _add(self, namespace: Namespace) -> None:
         self._stack.callback(namespace.close)
@@ -257,6 +260,16 @@ class Lab:
             key.rsplit("/", 1)[1]: json.loads(value) for key, value in zip(lines[::2], lines[1::2])
         }
 
+    def has_kernel_vxlan(self) -> bool:
+        """Whether this kernel has the vxlan device."""
+        device = ("type", "vxlan", "id", "1", "dstport", "8472")
+        try:
+            self.switch.ip("link", "add", "probe", *device)
+        except RuntimeError:
+            return False
+        self.switch.ip("link", "del", "probe")
+        return True
+
     def start_daemon(
         self,
         host: Host,
@@ -299,12 +312,17 @@ class Lab:
         vni: int = 1,
         port: int = 8472,
         mtu: int = 1450,
+        flags: Sequence[str] = (),
     ) -> None:
-        """Make a flannel node of the kernel's vxlan device, without peers yet."""
+        """Make a flannel node of the kernel's vxlan device, without peers yet.
+
+        `flags` are further words of `ip link add type vxlan`.
+        """
         device = f"flannel.{vni}"
         # fmt: off
         host.ip("link", "add", device, "address", mac, "type", "vxlan", "id", str(vni), "dev",
-                host.iface, "local", str(host.address), "dstport", str(port), "nolearning")
+                host.iface, "local", str(host.address), "dstport", str(port), "nolearning",
+                *flags)
         # fmt: on
         host.ip("link", "set", device, "mtu", str(mtu), "up")
         host.ip("addr", "add", f"{subnet.network_address}/32", "dev", device)
@@ -387,16 +405,22 @@ def lab(hosts: int, underlay: Underlay = WIRE_SIZED) -> Iterator[Lab]:
     def end(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)
 
-    old = signal.signal(signal.SIGTERM, end)
     made = Lab(underlay)
+    old = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGTERM, end)
     try:
+        made.start_switch()
         made.start_etcd()
         for _ in range(hosts):
             made.add_host()
         yield made
     finally:
+        # A second Ctrl-C must not stop the removal half-way.
+        for number in old:
+            signal.signal(number, signal.SIG_IGN)
         made.close()
-        signal.signal(signal.SIGTERM, old)
+        for number, action in old.items():
+            signal.signal(number, action)
 
 
 def container_address(host: Host) -> IPv4Address:
@@ -410,15 +434,3 @@ def ping(source: Namespace, address: IPv4Address, *flags: Sequence[str] | str) -
     return "1 received" in source.exec(
         "ping", "-c", "1", "-W", "1", *words, str(address), check=False
     )
-
-
-def has_kernel_vxlan() -> bool:
-    """Whether this kernel has the vxlan device, tried in a namespace of its own."""
-    name = f"pfu-{secrets.token_hex(3)}-probe"
-    run("ip", "netns", "add", name)
-    try:
-        words = ("link", "add", "probe", "type", "vxlan", "id", "1", "dstport", "8472")
-        command = ["ip", "-n", name, *words]
-        return subprocess.run(command, capture_output=True).returncode == 0
-    finally:
-        run("ip", "netns", "del", name)
