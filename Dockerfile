@@ -18,7 +18,7 @@ RUN python3 -m venv /opt/pyflannel \
 
 FROM debian:bookworm-slim
 RUN apt-get update \
- && apt-get install -y --no-install-recommends iproute2 iputils-ping python3 \
+ && apt-get install -y --no-install-recommends iproute2 iptables iputils-ping python3 \
  && rm -rf /var/lib/apt/lists/*
 COPY --from=build /opt/pyflannel /opt/pyflannel
 ENTRYPOINT ["/opt/pyflannel/bin/pyflannel-udp"]
