@@ -509,6 +509,10 @@ static ssize_t take_packet(struct encap_side *side, struct tun_queue *queue, siz
 		drop(side, FP_DROP_ENCAP_MALFORMED, 1);
 		return got;
 	}
+	if ((gso.segments > 1 ? stride : total) > SEND_BYTES) {
+		drop(side, FP_DROP_SEND_SIZE, 1);
+		return got;
+	}
 	if (!guessed(queue, &gso, length)) {
 		join_pieces(queue, packet, length);
 		if (gso.segments > 1)
