@@ -204,8 +204,9 @@ static bool is_super_packet(const uint8_t *message, size_t length, size_t segmen
 	const uint8_t *packet = message + sizeof(*push);
 	size_t inner;
 
-	if (segment < sizeof(*push) + sizeof(struct ipv6_header))
-		return segment != 0 && length > segment;
+	/* Both length fields lie in the first 20 bytes of their headers. */
+	if (length < sizeof(*push) + sizeof(struct ipv4_header))
+		return false;
 	inner = get_be16(push->eth.type) == ETHERTYPE_IPV4
 			? get_be16(((const struct ipv4_header *)packet)->total_length)
 			: sizeof(struct ipv6_header) +
