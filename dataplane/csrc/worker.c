@@ -296,9 +296,10 @@ static bool assist(struct fp_worker *worker)
 		if (now - began < LULL_NS)
 			continue;
 		if (worker->decap.counters.traffic.decap_packets - packets < LULL_PACKETS) {
-			worker->assisted = false;
+			/* In this order: the first thread may call again as soon as it has it. */
 			watch(worker->epoll_fd, EPOLL_CTL_MOD, worker->decap.epoll_fd, EPOLLIN,
 			      KEY_DECAP);
+			worker->assisted = false;
 			return true;
 		}
 		began = now;
