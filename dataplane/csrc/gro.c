@@ -249,9 +249,11 @@ bool gro_add(struct gro *gro, uint8_t *packet, const struct flow *flow, size_t h
 	if (gro->packets == GRO_PACKETS || gro->segments == GRO_SEGMENTS)
 		return false;
 	if (!read_transport(&in, flow)) {
-		/* A fragment may belong to any flow: nothing behind it may get in front of it. */
+		/* It has a flow all the same, a fragment any: nothing behind it may overtake it. */
 		for (unsigned int i = 0; i < gro->packets && flow->fragment; i++)
 			gro->packet[i].open = false;
+		for (int i = *bucket; i >= 0; i = gro->packet[i].older)
+			gro->packet[i].open &= gro->packet[i].hash != flow->hash;
 		hold(gro, packet, flow->length)->sender = sender;
 		return true;
 	}
