@@ -277,7 +277,8 @@ bool gro_add(struct gro *gro, uint8_t *packet, const struct flow *flow, size_t h
 	held->open = !held->partial && may_join(gro, &in);
 	if (held->partial && hint && hint < in.payload)
 		held->size = hint;
-	else if (held->partial && in.payload > UINT16_MAX / 16 && !hint)
+	else if (held->partial && in.protocol == PROTOCOL_TCP && !hint &&
+		 in.payload > UINT16_MAX / 16)
 		held->size = WITHOUT_HINT_BYTES;
 	if (in.protocol == PROTOCOL_TCP) {
 		const struct tcp_header *tcp = (const struct tcp_header *)(packet + in.transport);
