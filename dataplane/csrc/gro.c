@@ -110,6 +110,22 @@ static bool same_flow(const struct gro_packet *held, const struct arrival *in)
 	return same(a, b, in->transport, in->transport + 2 * sizeof(be16));
 }
 
+/*
+ * Ids count up, as segmentation will make them. An atomic packet's id means nothing (RFC 6864), so
+ * there all may also be equal, as with hosts that do not count; a TUN cannot be told, and the
+ * segments behind it will be counted.
+ */
+static bool id_follows(const struct gro_packet *held, const struct ipv4_header *first,
+		       const struct ipv4_header *next)
+{
+	uint16_t step = (uint16_t)(get_be16(next->id) - get_be16(first->id));
+
+	if (step == 0)
+		return get_be16(first->fragment) & IPV4_DONT_FRAGMENT &&
+		       (held->segments == 1 || held->fixed_id);
+	return step == held->segments && !held->fixed_id;
+}
+
 /* Whether the IP header of @b could be that of the segment behind @held (inet_gro_receive()). */
 static bool ip_follows(const struct gro_packet *held, const uint8_t *b)
 {
@@ -118,14 +134,12 @@ static bool ip_follows(const struct gro_packet *held, const uint8_t *b)
 	if (a[0] >> 4 == 4) {
 		const struct ipv4_header *first = (const struct ipv4_header *)a;
 		const struct ipv4_header *next = (const struct ipv4_header *)b;
-		uint16_t step = (uint16_t)(get_be16(next->id) - get_be16(first->id));
 
 		return first->version_ihl == IPV4_PLAIN_HEADER &&
 		       next->version_ihl == IPV4_PLAIN_HEADER && first->tos == next->tos &&
 		       first->ttl == next->ttl &&
 		       get_be16(first->fragment) == get_be16(next->fragment) &&
-		       (get_be16(first->fragment) & IPV4_DONT_FRAGMENT ||
-			step == (uint16_t)held->segments);
+		       id_follows(held, first, next);
 	}
 	return same(a, b, 0, FIELD_END(struct ipv6_header, label)) &&
 	       a[offsetof(struct ipv6_header, hop_limit)] ==
@@ -144,7 +158,8 @@ static bool tcp_follows(const struct gro_packet *held, const struct arrival *in)
 	       a->offset_reserved == b->offset_reserved &&
 	       get_be16(a->window) == get_be16(b->window) &&
 	       ((a->flags ^ b->flags) & ~(TCP_FIN | TCP_PSH)) == 0 &&
-	       same(held->packet, in->packet, in->transport + sizeof(*a), in->headers);
+	       same(held->packet, in->packet, in->transport + offsetof(struct tcp_header, urgent),
+		    in->headers);
 }
 
 /* Whether a flow may grow behind a TCP segment with these flags. */
@@ -194,6 +209,8 @@ static bool join(struct gro *gro, struct gro_packet *held, const struct arrival 
 	else
 		gro->segment[held->last].next = index;
 	held->last = index;
+	held->fixed_id = same(held->packet, in->packet, offsetof(struct ipv4_header, id),
+			      FIELD_END(struct ipv4_header, id));
 	held->segments++;
 	held->total += in->payload;
 	held->next_sequence += (uint32_t)in->payload;

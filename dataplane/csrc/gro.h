@@ -36,6 +36,7 @@ struct gro_packet {
 	uint32_t next_sequence; /* TCP */
 	uint8_t flags; /* TCP, of all segments */
 	bool open; /* may grow */
+	bool fixed_id; /* all segments have one IPv4 id */
 	bool verified; /* the first one's checksum was seen to be right */
 	bool partial; /* its checksum field holds the pseudo header's sum */
 	const struct fib_entry *sender;
