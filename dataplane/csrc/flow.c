@@ -84,6 +84,9 @@ static bool parse_ipv6(const uint8_t *packet, size_t length, struct flow *flow)
 		return false;
 	memcpy(&flow->source, header->source, 16);
 	memcpy(&flow->destination, header->destination, 16);
+	/* Such an address stands for an IPv4 one and would find its route (RFC 4291, 2.5.5.2). */
+	if (inet_is_ipv4(&flow->source) || inet_is_ipv4(&flow->destination))
+		return false;
 	flow->length = sizeof(*header) + payload;
 	flow->ecn = header->class_label >> 4 & ECN_MASK;
 	flow->header_length = sizeof(*header);
