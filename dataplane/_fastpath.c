@@ -254,6 +254,8 @@ struct fp_ctx *fp_ctx_new(const struct fp_config *config)
 	if (ctx)
 		ctx->fib = fib_new();
 	if (!ctx || !sources || !ctx->fib) {
+		if (ctx && ctx->fib)
+			fib_free(ctx->fib);
 		free(sources);
 		free(ctx);
 		return NULL;
