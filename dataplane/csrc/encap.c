@@ -498,7 +498,7 @@ static ssize_t take_packet(struct encap_side *side, struct tun_queue *queue, siz
 		return got;
 	}
 	length = encap.flow.length;
-	if (!gso_parse(&vnet, packet, length, &gso)) {
+	if (!gso_parse(&vnet, packet, &encap.flow, &gso)) {
 		drop(side, FP_DROP_ENCAP_MALFORMED, 1);
 		return got;
 	}
@@ -521,7 +521,7 @@ static ssize_t take_packet(struct encap_side *side, struct tun_queue *queue, siz
 	guess(queue, &gso);
 	if (gso.protocol) {
 		gso_fill(&gso, packet, PUSH);
-	} else if (!gso_complete_checksum(&vnet, packet, length)) {
+	} else if (!gso_complete_checksum(&vnet, packet, &encap.flow)) {
 		drop(side, FP_DROP_ENCAP_MALFORMED, 1);
 		return got;
 	}

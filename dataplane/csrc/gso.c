@@ -9,9 +9,12 @@
  *	| headers | payload 0 | gap | headers | payload 1 | gap | headers | last payload |
  *
  * where the stride is headers + gso size + gap. The reader of the TUN lets the kernel put the
- *payload there at once (csrc/encap.c guesses the sizes, which seldom change); else gso_spread()
- *moves it. gso_fill() then writes the headers as the kernel's tcp_gso_segment(),
- *__udp_gso_segment() and inet_gso_segment() do.
+ * payload there at once (csrc/encap.c guesses the sizes, which seldom change); else gso_spread()
+ * moves it. gso_fill() then writes the headers as the kernel's tcp_gso_segment(),
+ * __udp_gso_segment() and inet_gso_segment() do.
+ *
+ * The vnet header is not the kernel's word alone: who may open a packet socket, also in a
+ *container, chooses its fields. So it is held against the packet.
  */
 #include "gso.h"
 
@@ -20,25 +23,25 @@
 /**
  * gso_parse() - Check a vnet header against its packet
  * @vnet:   From the kernel
- * @packet: From the IP header, which flow_parse() accepted; min(@length, GSO_HEADERS_MAX) bytes lie
- *          here in one piece
- * @length: Bytes of the whole packet
+ * @packet: From the IP header; min(length, GSO_HEADERS_MAX) bytes lie here in one piece
+ * @flow:   What flow_parse() said of it
  * @gso:    Written when the headers agree
  *
  * Return: whether they agree
  */
-bool gso_parse(const struct vnet_header *vnet, const uint8_t *packet, size_t length,
+bool gso_parse(const struct vnet_header *vnet, const uint8_t *packet, const struct flow *flow,
 	       struct gso *gso)
 {
 	unsigned int version = packet[0] >> 4;
 	uint8_t type = vnet->gso_type & ~VNET_GSO_ECN;
 	size_t transport = vnet->checksum_start;
+	size_t length = flow->length;
 
 	*gso = (struct gso) { .segments = 1 };
 	if (type == VNET_GSO_NONE)
 		return true;
-	if (transport < (version == 4 ? sizeof(struct ipv4_header) : sizeof(struct ipv6_header)) ||
-	    transport > GSO_HEADERS_MAX || !(vnet->flags & VNET_NEEDS_CHECKSUM))
+	if (transport < flow->header_length || transport > GSO_HEADERS_MAX ||
+	    !(vnet->flags & VNET_NEEDS_CHECKSUM))
 		return false;
 	gso->transport = transport;
 	if (type == VNET_GSO_UDP) {
@@ -59,6 +62,9 @@ bool gso_parse(const struct vnet_header *vnet, const uint8_t *packet, size_t len
 		return false;
 	}
 	if (gso->headers >= length || gso->headers > GSO_HEADERS_MAX || vnet->gso_size == 0)
+		return false;
+	/* Only in IPv6 may other headers be in between. */
+	if (flow->protocol == gso->protocol ? transport != flow->header_length : version == 4)
 		return false;
 	gso->size = vnet->gso_size;
 	gso->payload = length - gso->headers;
@@ -158,11 +164,11 @@ void gso_fill(const struct gso *gso, uint8_t *packet, size_t gap)
  * gso_complete_checksum() - Finish the checksum of a packet that is not cut
  * @vnet:   With VNET_NEEDS_CHECKSUM or without
  * @packet: From the IP header
- * @length: Bytes of it
+ * @flow:   What flow_parse() said of it
  *
  * Return: whether the vnet header fits the packet
  */
-bool gso_complete_checksum(const struct vnet_header *vnet, uint8_t *packet, size_t length)
+bool gso_complete_checksum(const struct vnet_header *vnet, uint8_t *packet, const struct flow *flow)
 {
 	size_t start = vnet->checksum_start;
 	size_t field = start + vnet->checksum_offset;
@@ -171,9 +177,11 @@ bool gso_complete_checksum(const struct vnet_header *vnet, uint8_t *packet, size
 
 	if (!(vnet->flags & VNET_NEEDS_CHECKSUM))
 		return true;
-	if (start > length || field + sizeof(value) > length)
+	/* The IP header has been read and routed by: it stays as it is. */
+	if (start < flow->header_length || start > flow->length ||
+	    field + sizeof(value) > flow->length)
 		return false;
-	checksum_add(&sum, packet + start, length - start);
+	checksum_add(&sum, packet + start, flow->length - start);
 	value = checksum_field(&sum);
 	/* As csum_fold() ? : CSUM_MANGLED_0 in skb_checksum_help(). */
 	if (get_be16(value) == 0)

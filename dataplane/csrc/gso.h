@@ -17,10 +17,11 @@ struct gso {
 	size_t segments;
 };
 
-bool gso_parse(const struct vnet_header *vnet, const uint8_t *packet, size_t length,
+bool gso_parse(const struct vnet_header *vnet, const uint8_t *packet, const struct flow *flow,
 	       struct gso *gso);
 void gso_spread(const struct gso *gso, uint8_t *packet, size_t gap);
 void gso_fill(const struct gso *gso, uint8_t *packet, size_t gap);
-bool gso_complete_checksum(const struct vnet_header *vnet, uint8_t *packet, size_t length);
+bool gso_complete_checksum(const struct vnet_header *vnet, uint8_t *packet,
+			   const struct flow *flow);
 
 #endif
