@@ -96,7 +96,7 @@ static bool same_flow(const struct gro_packet *held, const struct arrival *in)
 {
 	const uint8_t *a = held->packet, *b = in->packet;
 
-	if (held->transport != in->transport || a[0] >> 4 != b[0] >> 4)
+	if (a[0] >> 4 != b[0] >> 4)
 		return false;
 	if (a[0] >> 4 == 4) {
 		if (!same(a, b, offsetof(struct ipv4_header, source), sizeof(struct ipv4_header)) ||
@@ -107,7 +107,7 @@ static bool same_flow(const struct gro_packet *held, const struct arrival *in)
 		return false;
 	}
 	/* Ports come first in both transports. */
-	return same(a, b, in->transport, in->transport + 2 * sizeof(be16));
+	return memcmp(a + held->transport, b + in->transport, 2 * sizeof(be16)) == 0;
 }
 
 /*
