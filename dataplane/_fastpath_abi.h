@@ -149,3 +149,8 @@ int fp_decap_check(struct fp_ctx *ctx, uint8_t *datagram, size_t length, const u
 		   uint8_t outer_tos, size_t *inner_offset, size_t *inner_length);
 int fp_encap_check(struct fp_ctx *ctx, const uint8_t *packet, size_t length, uint8_t *header,
 		   uint8_t *outer_tos, uint32_t *flow, struct fp_route *found);
+
+int fp_segment_check(const uint8_t *vnet, uint8_t *packet, size_t length, size_t gap,
+		     size_t capacity, size_t *stride, size_t *total);
+int fp_coalesce_check(int tcp, int udp, uint8_t *packets, const size_t *length, size_t count,
+		      size_t hint, uint8_t *into, size_t capacity, size_t *into_length);

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
@@ -20,6 +21,7 @@ PUSH_BYTES = 22
 """VXLAN header and inner Ethernet header, what encapsulation pushes."""
 
 SUSPECTS_PER_CALL = 64
+_SEGMENTS_BYTES = 1 << 20
 
 DROP_REASONS: tuple[str, ...] = tuple(
     ffi.string(lib.fp_drop_name(reason)).decode() for reason in range(lib.FP_DROP_REASONS)
@@ -168,6 +170,46 @@ def _route(found: ffi.CData) -> Route:
         port=found.port,
         previous_mac=MacAddress(bytes(found.previous_mac)) if found.has_previous_mac else None,
     )
+
+
+def segment(vnet: bytes, packet: bytes, gap: int = 0) -> list[bytes] | None:
+    """Segment a packet of the TUN without I/O, for tests; None when the headers disagree.
+
+    `gap`: bytes between segments, as room for what encapsulation pushes.
+    """
+    raw = ffi.new("uint8_t[]", _SEGMENTS_BYTES)
+    raw[0 : len(packet)] = packet
+    stride, total = ffi.new("size_t *"), ffi.new("size_t *")
+    count = lib.fp_segment_check(vnet, raw, len(packet), gap, len(raw), stride, total)
+    if count < 0:
+        return None
+    octets = bytes(ffi.buffer(raw, total[0]))
+    starts = range(0, count * stride[0], stride[0])
+    return [octets[at : at + stride[0] - (gap if count > 1 else 0)] for at in starts]
+
+
+def coalesce(
+    packets: Sequence[bytes], offload: Offload, hint: int = 0
+) -> list[tuple[bytes, bytes]]:
+    """Coalesce inner packets without I/O, for tests; return virtio-net headers and packets.
+
+    `hint`: gso size of super-packets among `packets`, in bytes, as UDP_GRO tells it; 0: not known.
+    """
+    raw = ffi.new("uint8_t[]", b"".join(packets))
+    lengths = ffi.new("size_t[]", [*map(len, packets)])
+    into = ffi.new("uint8_t[]", len(raw) + 12 * len(packets))
+    written = ffi.new("size_t[]", len(packets))
+    tcp, udp = Offload.TSO in offload, Offload.USO in offload
+    count = lib.fp_coalesce_check(
+        tcp, udp, raw, lengths, len(packets), hint, into, len(into), written
+    )
+    if count < 0:
+        raise MemoryError("coalescing")
+    got, at = [], 0
+    for length in written[0:count]:
+        got.append((bytes(into[at : at + 12]), bytes(into[at + 12 : at + length])))
+        at += length
+    return got
 
 
 def _check(err: int, what: str) -> None:
