@@ -4,8 +4,9 @@ PYTHON := .venv/bin/python
 
 QUICK :=
 PACKETS := 100000000
+SECONDS := 600
 
-.PHONY: setup demo bench soak test lint format clean
+.PHONY: setup demo bench soak test fuzz lint format clean
 
 setup:
 	bash .ci/setup
@@ -22,6 +23,9 @@ soak: setup
 test: setup
 	$(PYTHON) -m pytest
 
+fuzz: setup
+	$(MAKE) -C tests/fastpath fuzz SECONDS=$(SECONDS)
+
 lint: setup
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
@@ -35,4 +39,4 @@ format: setup
 	clang-format -i $$(git ls-files '*.c' '*.h' ':!:dataplane/_fastpath_abi.h')
 
 clean:
-	rm -rf .venv bench/bin build dist src/*.egg-info dataplane/*.so .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv bench/bin tests/fastpath/bin build dist src/*.egg-info dataplane/*.so .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,30 @@
+"""Runs the C of the fast path under the sanitizers; `make -C tests/fastpath` does so by hand."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+from tests.lab.require import require_program
+
+FOLDER = Path(__file__).parent
+
+
+def _make(*words: str) -> str:
+    done = subprocess.run(
+        ["make", "-C", str(FOLDER), *words], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_everything_repeatable_holds() -> None:
+    require_program("gcc")
+    assert "all holds" in _make("check")
+
+
+def test_the_corpus_and_a_few_seconds_of_fuzzing_hold() -> None:
+    require_program("clang")
+    printed = _make("fuzz", "SECONDS=4")
+    for target in ("decap", "segment", "coalesce"):
+        assert f"{target}: " in printed
