@@ -62,7 +62,9 @@ static uint64_t hash_bytes(uint64_t seed, const uint8_t *bytes, size_t length)
 		value = (value ^ word) * 0xff51afd7ed558ccdULL;
 		value ^= value >> 32;
 	}
-	return value;
+	/* The low bits choose the slot, and subnets differ in high ones of their last word. */
+	value *= 0xc4ceb9fe1a85ec53ULL;
+	return value ^ value >> 32;
 }
 
 static uint64_t route_hash(const struct inet_address *subnet, unsigned int length)
