@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network
 
@@ -18,9 +19,8 @@ _DECAP_ECN: dict[tuple[int, int], int | None] = {
 
 def checksum(octets: bytes) -> int:
     """The Internet checksum, word by word (RFC 1071)."""
-    total = sum(
-        int.from_bytes(octets[i : i + 2].ljust(2, b"\0"), "big") for i in range(0, len(octets), 2)
-    )
+    octets += b"\0" * (len(octets) % 2)
+    total: int = sum(struct.unpack(f"!{len(octets) // 2}H", octets))
     while total > 0xFFFF:
         total = (total & 0xFFFF) + (total >> 16)
     return total ^ 0xFFFF

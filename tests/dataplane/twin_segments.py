@@ -190,7 +190,7 @@ def plain(packet: bytes, *, tcp: bool, udp: bool) -> bool:
     return udp and protocol == UDP and total > start + 8
 
 
-def _key(packet: bytes) -> tuple[bytes, ...] | None:
+def flow_key(packet: bytes) -> tuple[bytes, ...] | None:
     """What a flow has in common; None for what may belong to any."""
     total, start, protocol = ip_length(packet) or (0, 0, 0)
     if is_fragment(packet) or (packet[0] >> 4 == 6 and protocol not in WITH_PORTS):
@@ -223,7 +223,7 @@ def coalesce(packets: Sequence[bytes], *, tcp: bool, udp: bool) -> list[list[byt
         if sound is None:
             continue
         packet = given[: sound[0]]
-        key = _key(packet)
+        key = flow_key(packet)
         if key is None:
             newest.clear()
         group = newest.get(key) if key is not None else None
