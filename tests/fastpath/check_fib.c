@@ -1,12 +1,14 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* The FIB against a list, with a reader that keeps an entry over changes: it must stay until it
- * leaves. */
+/* The FIB against a list, with a reader that keeps an entry over changes: it
+ * must stay until it leaves. */
 #include "check.h"
 
-#include "fib.h"
+/* How far a lookup walks is to be seen only from within. */
+#include "fib.c"
 
 #define LISTED 300
 #define ROUNDS 20000
+#define SPREAD 10000
 
 struct listed {
 	struct inet_address subnet;
@@ -51,6 +53,49 @@ static void change(struct fib *fib, struct listed *listed)
 	}
 }
 
+/* Lookups cost the same whatever the number of routes: their slots are spread.
+ */
+static void check_spread(bool ipv6, unsigned int length)
+{
+	struct fib *fib = fib_new();
+	struct table *table;
+	size_t steps = 0;
+
+	HOLDS(fib);
+	for (unsigned int i = 0; i < SPREAD; i++) {
+		struct fib_entry entry = { .subnet_length = (uint8_t)length };
+		const uint8_t octets[] = { 10, 0, 0, 0 };
+		unsigned int shift = 128 - length;
+
+		entry.underlay = entry.subnet = inet_from_ipv4(octets);
+		if (ipv6)
+			entry.subnet = (struct inet_address) { { 0x20, 0x01, 0x0d, 0xb8 } };
+		for (unsigned int bit = 0; bit < 14; bit++) {
+			if (i >> bit & 1)
+				entry.subnet.octet[15 - (bit + shift) / 8] |=
+					(uint8_t)(1 << (bit + shift) % 8);
+		}
+		entry.underlay.octet[14] = entry.mac[4] = (uint8_t)(i >> 8);
+		entry.underlay.octet[15] = entry.mac[5] = (uint8_t)i;
+		HOLDS(fib_replace(fib, &entry) == 0);
+	}
+	for (enum index index = ROUTES; index < INDEXES; index++) {
+		table = atomic_load(&fib->table[index]);
+		for (size_t i = 0; i <= table->mask; i++) {
+			const struct fib_entry *entry = atomic_load(&table->slot[i]);
+			uint64_t hash[2];
+
+			if (entry && entry != &tombstone) {
+				entry_hashes(index, entry, hash);
+				steps += (i - hash[0]) & table->mask;
+			}
+		}
+		HOLDS(table->live == SPREAD && steps < SPREAD);
+		steps = 0;
+	}
+	fib_free(fib);
+}
+
 void check_fib(void)
 {
 	static const uint8_t lengths[] = { 116, 120, 120, 120, 122, 128 };
@@ -58,6 +103,9 @@ void check_fib(void)
 	struct fib_reader reader;
 	size_t count = 0;
 
+	check_spread(false, INET_MAPPED_BITS + 24);
+	check_spread(false, INET_MAPPED_BITS + 28);
+	check_spread(true, 64);
 	HOLDS(fib);
 	fib_reader_add(fib, &reader);
 	for (int i = 0; i < LISTED; i++) {
