@@ -20,6 +20,8 @@
 #include "transport.h"
 
 #define IPV4_PLAIN_HEADER 0x45
+
+/* UDP_GRO tells the gso size of UDP only. A stream may be cut anywhere, and this fits every MTU. */
 #define WITHOUT_HINT_BYTES 1200
 
 /* What gro_add() finds out about a packet before it looks for company. */
@@ -295,7 +297,7 @@ bool gro_add(struct gro *gro, uint8_t *packet, const struct flow *flow, size_t h
 	if (held->partial && hint && hint < in.payload)
 		held->size = hint;
 	else if (held->partial && in.protocol == PROTOCOL_TCP && !hint &&
-		 in.payload > UINT16_MAX / 16)
+		 in.payload > WITHOUT_HINT_BYTES)
 		held->size = WITHOUT_HINT_BYTES;
 	if (in.protocol == PROTOCOL_TCP) {
 		const struct tcp_header *tcp = (const struct tcp_header *)(packet + in.transport);
