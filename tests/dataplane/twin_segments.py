@@ -66,6 +66,14 @@ def is_fragment(packet: bytes) -> bool:
     return packet[0] >> 4 == 4 and bool(int.from_bytes(packet[6:8], "big") & 0x3FFF)
 
 
+def headers_of(packet: bytes) -> int:
+    """Bytes in front of the payload of TCP or UDP, of the IP header in others and in fragments."""
+    _, start, protocol = ip_length(packet) or (0, 0, 0)
+    if is_fragment(packet) or protocol not in (TCP, UDP):
+        return start
+    return start + (8 if protocol == UDP else (packet[start + 12] >> 4) * 4)
+
+
 def pseudo(packet: bytes, protocol: int, length: int) -> bytes:
     """The pseudo header of TCP and UDP."""
     addresses = packet[12:20] if packet[0] >> 4 == 4 else packet[8:40]
