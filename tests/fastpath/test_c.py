@@ -25,6 +25,6 @@ def test_everything_repeatable_holds() -> None:
 
 def test_the_corpus_and_a_few_seconds_of_fuzzing_hold() -> None:
     require_program("clang")
-    printed = _make("fuzz", "SECONDS=4")
+    printed = _make("fuzz", "SECONDS=3")
     for target in ("decap", "segment", "coalesce"):
         assert f"{target}: " in printed
