@@ -191,10 +191,16 @@ def _named(interfaces: Sequence[Interface], name: str) -> Interface:
 def _choice(interface: Interface, address: IPv4Address | None, why: str) -> Choice:
     if interface.mtu == 0:
         raise _Mismatch(f"the MTU of interface {interface.name} is 0")
-    if address is None:
-        address = best_address(interface)
-    if address is None:
-        raise _Mismatch(f"interface {interface.name} has no usable IPv4 address")
+    if address is not None:
+        why += f"; sending from {address}"
+    else:
+        usable = _usable_addresses(interface)
+        if not usable:
+            raise _Mismatch(f"interface {interface.name} has no usable IPv4 address")
+        address = usable[0]
+        count = f"the first of its {len(usable)} usable addresses"
+        which = count if len(usable) > 1 else "its only usable address"
+        why += f"; sending from {address}, {which}"
     return Choice(interface.name, interface.index, interface.mtu, address, why)
 
 

@@ -74,7 +74,8 @@ async def choose_underlay(options: Options, netlink: Netlink, config: NetworkCon
         reach=lambda _: reachable,
     )
     log.info("Using interface with name %s and address %s", choice.name, choice.address)
-    log.info("Chose %s: it %s", choice.name, choice.why)
+    told = "the same" if options.public_ip is None else f"{options.public_ip} (--public-ip)"
+    log.info("Chose %s: it %s; peers are told %s", choice.name, choice.why, told)
     if options.public_ip is None:
         log.info("Defaulting external address to interface address (%s)", choice.address)
     else:
