@@ -208,3 +208,8 @@ def test_an_address_that_nobody_could_answer_is_not_taken(unusable: InterfaceAdd
 def test_an_mtu_of_0_is_refused() -> None:
     with pytest.raises(Refusal, match="the MTU of interface eth0 is 0"):
         choose(interfaces=[replace(ETH0, mtu=0)])
+
+
+def test_the_reason_for_the_address_is_told() -> None:
+    assert "its only usable address" in choose(names=["eth1"]).why
+    assert "the first of its 2 usable addresses" in choose(names=["eth0"]).why
