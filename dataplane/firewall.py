@@ -20,6 +20,7 @@ from pyflannel.dataplane.traffic_rules import (
     TrafficRules,
     iptables_rules,
     nft_input,
+    nft_statements,
     nft_table,
     restore_input,
 )
@@ -139,23 +140,23 @@ class Nftables(Firewall):
 
     def __init__(self, *, fully_random: bool) -> None:
         super().__init__(fully_random=fully_random)
-        self._right: dict[TrafficRules, str] = {}
+        self._as_printed: dict[TrafficRules, list[str]] = {}
 
     async def _write(
         self, rules: TrafficRules, old: Collection[TrafficRules], fully_random: bool
     ) -> bool:
+        wanted = nft_statements(rules, fully_random=fully_random)
         try:
-            present = await _list_table(rules.version)
+            if await _list_table(rules.version) in (wanted, self._as_printed.get(rules)):
+                return False
         except FirewallError:
-            present = None
-        if present is not None and present == self._right.get(rules):
-            return False
+            log.debug("there is no table %s", nft_table(rules.version))
         await _run("nft", "-f", "-", text=nft_input(rules, fully_random=fully_random))
-        # What nft prints differs between its versions; what it prints for ours is the measure.
-        self._right = {
-            **{x: text for x, text in self._right.items() if x.version != rules.version},
-            rules: await _list_table(rules.version),
-        }
+        # Another version of nft may print them differently. Fewer or more lines are somebody's who
+        # was quicker than our look.
+        printed = await _list_table(rules.version)
+        if len(printed) == len(wanted):
+            self._as_printed[rules] = printed
         return True
 
     async def remove_all(self) -> None:
@@ -167,8 +168,9 @@ class Nftables(Firewall):
             await _run("nft", "-f", "-", text=f"add table {table}\ndelete table {table}\n")
 
 
-async def _list_table(version: int) -> str:
-    return await _run("nft", "list", "table", *nft_table(version).split())
+async def _list_table(version: int) -> list[str]:
+    printed = await _run("nft", "list", "table", *nft_table(version).split())
+    return [line.strip() for line in printed.splitlines() if line.strip()]
 
 
 def _iptables(version: int) -> str:

@@ -154,12 +154,14 @@ def nft_table(version: int) -> str:
 def nft_input(rules: TrafficRules, *, fully_random: bool) -> str:
     """Return what `nft -f -` needs to make our table of one family anew, in one transaction."""
     table = nft_table(rules.version)
-    lines = [
-        f"add table {table}",
-        f"delete table {table}",
-        f"table {table} {{",
-        f'comment "rules for {table.split()[1]}"',
-    ]
+    made = nft_statements(rules, fully_random=fully_random)
+    return "\n".join((f"add table {table}", f"delete table {table}", *made, ""))
+
+
+def nft_statements(rules: TrafficRules, *, fully_random: bool) -> list[str]:
+    """Return our table line by line, as `nft list table` prints it but for the indentation."""
+    table = nft_table(rules.version)
+    lines = [f"table {table} {{", f'comment "rules for {table.split()[1]}"']
     for name, kind, comment, of_chain in (
         (
             "postrtg",
@@ -178,7 +180,7 @@ def nft_input(rules: TrafficRules, *, fully_random: bool) -> str:
             lines += [f"chain {name} {{", f'comment "{comment}"', f"{kind}; policy accept;"]
             lines += [_nft_rule(rule, rules.version, fully_random) for rule in of_chain]
             lines.append("}")
-    return "\n".join((*lines, "}", ""))
+    return [*lines, "}"]
 
 
 def _nft_rule(rule: Rule, version: int, fully_random: bool) -> str:

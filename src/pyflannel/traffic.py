@@ -95,7 +95,6 @@ class Traffic:
             log.warning("%s", warning)
         self._pairs = pairs
         try:
-            await self._blackhole()
             await self._ensure()
         except FirewallError as error:
             if self._options.ip_masq:
@@ -103,6 +102,7 @@ class Traffic:
                     f"--ip-masq: {error}; {self._remedy()}, or leave --ip-masq out"
                 ) from None
             self._say(f"forward rules are missing: {error}; {self._remedy()}")
+        await self._blackhole()
         if self._nftables:
             watch_events(nftables_interest(), self._changed.set, self._stack)
             return
@@ -143,7 +143,7 @@ class Traffic:
             )
         if self._nftables and all(network.version == 4 for network, _ in self._pairs):
             # flannel makes the table of the other family too, empty.
-            await self._firewall.ensure(TrafficRules(6), ())
+            amiss |= await self._firewall.ensure(TrafficRules(6), ())
         return amiss
 
     async def _blackhole(self) -> None:

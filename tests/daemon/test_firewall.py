@@ -6,6 +6,7 @@ c1 -- h1 (ours) --- switch, etcd: it has no route to c1, so it answers only what
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -210,6 +211,42 @@ def test_missing_tool(made: Lab, host: Host, kind: str, program: str) -> None:
     (warning,) = [x for x in host.log.read_text()[start:].splitlines() if "is not installed" in x]
     assert warning.startswith("W")
     assert "forward rules are missing" in warning
+
+
+V6_PROGRAM = """
+import asyncio
+from ipaddress import ip_network
+from pyflannel.dataplane.firewall import Iptables, Nftables
+from pyflannel.dataplane.traffic_rules import traffic_rules
+
+async def main():
+    networks = ip_network("2001:db8:42::/56"), ip_network("2001:db8:42:3a::/64")
+    rules = traffic_rules(*networks, masquerade=True, forward=True)
+    for tool in (Iptables(fully_random=True), Nftables(fully_random=True)):
+        print(await tool.ensure(rules, ()), await tool.ensure(rules, ()))
+
+asyncio.run(main())
+"""
+
+
+def test_ipv6_rules_are_flannels(made: Lab, host: Host) -> None:
+    assert host.exec(sys.executable, "-c", V6_PROGRAM) == "True False\n" * 2
+    lines = host.exec("ip6tables-save", "-t", "filter") + host.exec("ip6tables-save", "-t", "nat")
+    saved = "".join(f"{x}\n" for x in lines.splitlines() if x[0] != "#")
+    expected = (DATA / "flannel-ip6tables-save.txt").read_text()
+    assert _without_counters(saved) == _without_counters(expected)
+    table = host.exec("nft", "list", "table", "ip6", "flannel-ipv6")
+    assert "ip6 saddr != 2001:db8:42::/56 ip6 daddr 2001:db8:42:3a::/64 return" in table
+    assert "ip6 saddr 2001:db8:42::/56 ip6 daddr != ff00::/8 masquerade fully-random" in table
+
+
+def test_a_program_that_removes_rules_again_and_again_is_not_fought(made: Lab, host: Host) -> None:
+    index = _start(made, host, "nftables")
+    flush = "while sleep 0.1; do nft flush chain ip flannel-ipv4 forward; done"
+    rival = host.start("sh", "-c", flush, log=made.folder / "rival.log")
+    wait_until(lambda: "again and again" in host.log.read_text(), "the daemon says so")
+    host.stop(rival)
+    assert host.processes[index].poll() is None
 
 
 def test_missing_br_netfilter_is_a_warning(made: Lab, host: Host) -> None:
