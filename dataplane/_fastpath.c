@@ -94,29 +94,46 @@ static const struct fib_entry *configured_sender(const struct fp_ctx *ctx,
 }
 
 /* Find who sent a frame. Return: -1, or the drop reason */
-static int find_sender(const struct fp_ctx *ctx, const struct inet_address *outer_source,
-		       const uint8_t mac[ETH_ALEN], const struct fib_entry **sender)
+static int find_sender(const struct fp_ctx *ctx, struct sender_cache *cache,
+		       const struct inet_address *outer_source, const uint8_t mac[ETH_ALEN],
+		       const struct fib_entry **sender)
 {
 	bool known = false;
 
+	if (cache->sender && inet_equal(&cache->outer_source, outer_source) &&
+	    memcmp(cache->mac, mac, ETH_ALEN) == 0) {
+		*sender = cache->sender;
+		return -1;
+	}
 	*sender = fib_sender(ctx->fib, outer_source, mac);
 	if (!*sender)
 		*sender = configured_sender(ctx, outer_source, mac, &known);
-	if (*sender)
+	if (*sender) {
+		cache->sender = *sender;
+		cache->outer_source = *outer_source;
+		memcpy(cache->mac, mac, ETH_ALEN);
 		return -1;
+	}
 	return known || fib_source(ctx->fib, outer_source) ? FP_DROP_VTEP_MAC
 							   : FP_DROP_UNKNOWN_VTEP;
 }
 
 /* May @sender send from @source? Inside the network only from its own subnet. */
-static bool source_allowed(const struct fp_ctx *ctx, const struct fib_entry *sender,
-			   const struct inet_address *source)
+static bool source_allowed(const struct fp_ctx *ctx, struct sender_cache *cache,
+			   const struct fib_entry *sender, const struct inet_address *source)
 {
+	const struct fib_entry *owner;
+
+	if (cache->owner && inet_equal(&cache->inner_source, source))
+		return cache->owner == sender;
 	if (flow_bad_source(source))
 		return false;
 	if (!inet_in(source, &ctx->network, ctx->config.network_len))
 		return true;
-	return sender && fib_lookup(ctx->fib, source) == sender;
+	owner = fib_lookup(ctx->fib, source);
+	cache->owner = owner;
+	cache->inner_source = *source;
+	return owner && owner == sender;
 }
 
 /* Return: whether @reason drops; in mode `log` it is only noted */
@@ -134,14 +151,16 @@ static bool spoof_drops(const struct fp_ctx *ctx, int reason, struct decap *out)
 /**
  * decap_datagram() - Check a VXLAN datagram and find the inner packet in it
  * @ctx:          Context, its FIB entered
+ * @cache:        Zeroed when the FIB was entered
  * @datagram:     UDP payload; the inner ECN field may be rewritten
  * @length:       Bytes of it
  * @outer_source: Who sent it, as the outer IP header says
  * @outer_tos:    Outer TOS or traffic class
  * @out:          The verdict
  */
-void decap_datagram(const struct fp_ctx *ctx, uint8_t *datagram, size_t length,
-		    const struct inet_address *outer_source, uint8_t outer_tos, struct decap *out)
+void decap_datagram(const struct fp_ctx *ctx, struct sender_cache *cache, uint8_t *datagram,
+		    size_t length, const struct inet_address *outer_source, uint8_t outer_tos,
+		    struct decap *out)
 {
 	const struct vxlan_push *push = (const struct vxlan_push *)datagram;
 	struct flow *flow = &out->flow;
@@ -166,7 +185,7 @@ void decap_datagram(const struct fp_ctx *ctx, uint8_t *datagram, size_t length,
 		return;
 	}
 	memcpy(out->mac, push->eth.source, ETH_ALEN);
-	reason = find_sender(ctx, outer_source, out->mac, &out->sender);
+	reason = find_sender(ctx, cache, outer_source, out->mac, &out->sender);
 	if (reason >= 0 && ctx->config.anti_spoofing != FP_SPOOF_OFF &&
 	    spoof_drops(ctx, reason, out))
 		return;
@@ -190,7 +209,7 @@ void decap_datagram(const struct fp_ctx *ctx, uint8_t *datagram, size_t length,
 		return;
 	}
 	if (ctx->config.anti_spoofing != FP_SPOOF_OFF &&
-	    !source_allowed(ctx, out->sender, &flow->source) &&
+	    !source_allowed(ctx, cache, out->sender, &flow->source) &&
 	    spoof_drops(ctx, FP_DROP_INNER_SOURCE, out))
 		return;
 	ecn = ecn_pop(outer_tos & ECN_MASK, flow->ecn);
@@ -442,10 +461,11 @@ int fp_decap_check(struct fp_ctx *ctx, uint8_t *datagram, size_t length,
 		   size_t *inner_length)
 {
 	struct inet_address source = address_of(outer_source);
+	struct sender_cache cache = { 0 };
 	struct decap out;
 
 	caller_enter(ctx);
-	decap_datagram(ctx, datagram, length, &source, outer_tos, &out);
+	decap_datagram(ctx, &cache, datagram, length, &source, outer_tos, &out);
 	caller_leave(ctx);
 	if (out.drop < 0) {
 		*inner_offset = (size_t)(out.packet - datagram);

@@ -88,6 +88,7 @@ struct fp_counters {
 	struct fp_traffic traffic;
 	uint64_t drops[FP_DROP_REASONS];
 	uint64_t spoofed[FP_DROP_REASONS];
+	uint64_t congestion_marks;
 	uint64_t tun_reads;
 	uint64_t sends;
 	uint64_t sends_unsegmented;
@@ -105,6 +106,12 @@ struct fp_suspect {
 };
 
 /*
+ * How threads are scheduled: as any other; first among these, in short slices; or before all of these,
+ * which leaves them what the kernel reserves.
+ */
+enum fp_schedule { FP_SCHEDULE_NORMAL, FP_SCHEDULE_RAISED, FP_SCHEDULE_REALTIME };
+
+/*
  * The descriptors of a worker and which offloads they have. All are non-blocking and stay the
  * caller's. `tun` are queues to read from; `tun_write` is written to and may be one of them.
  */
@@ -119,6 +126,7 @@ struct fp_io {
 	int coalesce_tcp; /* the TUN takes TCP super-packets */
 	int coalesce_udp; /* the TUN takes UDP super-packets */
 	unsigned int poll_us; /* threads: how long to poll after the last packet */
+	int schedule; /* threads: enum fp_schedule */
 };
 
 struct fp_ctx;
@@ -144,6 +152,7 @@ int fp_worker_turn(struct fp_worker *worker);
 int fp_worker_start(struct fp_worker *worker, int threads, int adaptive);
 int fp_worker_stop(struct fp_worker *worker);
 int fp_worker_error(const struct fp_worker *worker);
+int fp_worker_schedule_error(const struct fp_worker *worker);
 
 int fp_decap_check(struct fp_ctx *ctx, uint8_t *datagram, size_t length, const uint8_t *outer_source,
 		   uint8_t outer_tos, size_t *inner_offset, size_t *inner_length);

@@ -21,6 +21,7 @@ ffibuilder.set_source(
     '#include "_fastpath.h"\n',
     sources=[f"{FOLDER}/_fastpath.c", *(f"{FOLDER}/csrc/{name}.c" for name in C_FILES)],
     include_dirs=[FOLDER, f"{FOLDER}/csrc"],
+    libraries=["m"],
     undef_macros=["NDEBUG"],
     extra_compile_args=["-std=gnu11", "-O3", "-Wall", "-Wextra", "-fvisibility=hidden"],
     py_limited_api=not sysconfig.get_config_var("Py_GIL_DISABLED"),

@@ -54,6 +54,16 @@ class FastpathConfig:
     inner_ipv6: bool = False
 
 
+class Schedule(Enum):
+    """How the threads of a worker are scheduled."""
+
+    NORMAL = lib.FP_SCHEDULE_NORMAL
+    RAISED = lib.FP_SCHEDULE_RAISED
+    """Nice -20, in slices of 0.1 ms where the kernel has these (Linux 6.12)."""
+    REALTIME = lib.FP_SCHEDULE_REALTIME
+    """SCHED_RR; the others have what the kernel reserves for them, 5 % by default."""
+
+
 @dataclass(frozen=True, slots=True)
 class WorkerIo:
     """The descriptors of a worker; packets are read from `tun` and written to `tun_write`.
@@ -67,6 +77,7 @@ class WorkerIo:
     send: tuple[int, ...]
     offload: Offload = NO_OFFLOAD
     poll_us: int = 0
+    schedule: Schedule = Schedule.NORMAL
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +101,7 @@ class Counters:
     traffic: Traffic
     drops: dict[str, int]
     spoofed: dict[str, int]
+    congestion_marks: int
     tun_reads: int
     sends: int
     sends_unsegmented: int
@@ -293,6 +305,7 @@ class Context:
             traffic=_traffic(raw.traffic),
             drops=dict(zip(DROP_REASONS, raw.drops)),
             spoofed=dict(zip(DROP_REASONS, raw.spoofed)),
+            congestion_marks=raw.congestion_marks,
             tun_reads=raw.tun_reads,
             sends=raw.sends,
             sends_unsegmented=raw.sends_unsegmented,
@@ -349,6 +362,7 @@ class Context:
         raw.coalesce_tcp = Offload.TSO in io.offload
         raw.coalesce_udp = Offload.USO in io.offload
         raw.poll_us = io.poll_us
+        raw.schedule = io.schedule.value
         worker = lib.fp_worker_new(self._ctx, raw)
         if worker == ffi.NULL:
             raise OSError(ffi.errno, f"packet worker: {os.strerror(ffi.errno)}")
@@ -393,6 +407,11 @@ class Worker:
         err = lib.fp_worker_error(self._worker)
         if err:
             raise OSError(err, "the TUN device is gone")
+
+    @property
+    def runs_as_scheduled(self) -> bool:
+        """Whether every thread got the schedule it was to have; false without CAP_SYS_NICE."""
+        return not int(lib.fp_worker_schedule_error(self._worker))
 
     def stop(self) -> None:
         """End the threads behind their present batch; nothing that was read is lost."""

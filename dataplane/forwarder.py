@@ -8,10 +8,16 @@ EPOLLERR (uvloop does). A turn is bounded, so timers and the control plane run i
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from enum import Enum
 
 from pyflannel.dataplane.fastpath import Context, Worker, WorkerIo
+
+log = logging.getLogger(__name__)
+
+SETTLED_SECONDS = 1.0
+"""By then every packet thread has asked for its priority."""
 
 
 class Workers(Enum):
@@ -48,8 +54,16 @@ class Forwarder:
         if self._workers is not Workers.LOOP:
             threads = 1 if self._workers is Workers.ONE else 2
             worker.start(threads, adaptive=self._workers is Workers.AUTO)
+            asyncio.get_running_loop().call_later(SETTLED_SECONDS, self._check_schedule)
         self._worker = worker
         asyncio.get_running_loop().add_reader(worker.fileno(), self._on_readable)
+
+    def _check_schedule(self) -> None:
+        if self._worker is not None and not self._worker.runs_as_scheduled:
+            log.warning(
+                "packet threads run at normal priority, as CAP_SYS_NICE is missing: expect higher "
+                "latency under load; grant it, or use --sched=normal"
+            )
 
     def _on_readable(self) -> None:
         assert self._worker is not None

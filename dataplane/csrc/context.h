@@ -6,6 +6,7 @@
 #define PYFLANNEL_CONTEXT_H
 
 #include <pthread.h>
+#include <time.h>
 
 #include "_fastpath.h"
 #include "fib.h"
@@ -20,6 +21,14 @@ struct fp_ctx {
 	struct fp_worker *workers;
 	struct fp_counters gone; /* counters of freed workers */
 };
+
+static inline uint64_t now_ns(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return (uint64_t)now.tv_sec * 1000000000 + (uint64_t)now.tv_nsec;
+}
 
 /* Single writer (the worker), read by anyone: relaxed is enough, no add is lost. */
 static inline void count_up(uint64_t *counter, uint64_t by)
@@ -42,6 +51,15 @@ struct decap {
 	uint8_t mac[ETH_ALEN];
 };
 
+/* The last answers of the FIB about senders; empty at the begin of each FIB section. */
+struct sender_cache {
+	const struct fib_entry *sender; /* of @outer_source and @mac; NULL: no answer yet */
+	const struct fib_entry *owner; /* of @inner_source; NULL: no answer yet */
+	struct inet_address outer_source;
+	struct inet_address inner_source;
+	uint8_t mac[ETH_ALEN];
+};
+
 /* What encapsulation made of a packet. */
 struct encap {
 	int drop;
@@ -50,8 +68,9 @@ struct encap {
 	const struct fib_entry *peer;
 };
 
-void decap_datagram(const struct fp_ctx *ctx, uint8_t *datagram, size_t length,
-		    const struct inet_address *outer_source, uint8_t outer_tos, struct decap *out);
+void decap_datagram(const struct fp_ctx *ctx, struct sender_cache *cache, uint8_t *datagram,
+		    size_t length, const struct inet_address *outer_source, uint8_t outer_tos,
+		    struct decap *out);
 void encap_packet(const struct fp_ctx *ctx, const uint8_t *packet, size_t length,
 		  struct encap *out);
 

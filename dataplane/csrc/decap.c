@@ -177,7 +177,8 @@ static void take_datagram(struct decap_side *side, const struct outer *outer, ui
 {
 	struct decap decap;
 
-	decap_datagram(side->ctx, datagram, length, &outer->source, outer->tos, &decap);
+	decap_datagram(side->ctx, &side->cache, datagram, length, &outer->source, outer->tos,
+		       &decap);
 	if (decap.drop >= 0) {
 		drop(side, decap.drop);
 		if (decap.sender)
@@ -273,6 +274,7 @@ int decap_turn(struct decap_side *side, unsigned int batches)
 	int messages = 0;
 
 	fib_enter(side->ctx->fib, &side->reader);
+	side->cache = (struct sender_cache) { 0 };
 	while (batches--) {
 		unsigned int slots = side->slots;
 		int received = decap_batch(side);

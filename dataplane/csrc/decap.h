@@ -34,6 +34,7 @@ struct decap_side {
 	uint8_t *arena;
 	struct receive receive[RECEIVES];
 	struct mmsghdr message[RECEIVES];
+	struct sender_cache cache;
 	struct gro gro;
 	struct fp_counters counters;
 	_Atomic unsigned int suspects_head, suspects_tail;

@@ -2,7 +2,7 @@
 /*
  * DOC: From the TUN to the wire
  *
- * A batch reads up to 64 KB or READS_PER_BATCH packets from one TUN queue into an arena, gives each
+ * A batch reads BATCH_BYTES or READS_PER_BATCH packets from one TUN queue into an arena, gives each
  *the 22 bytes that encapsulation pushes, and sends. Packets stand in the arena one behind the
  *other:
  *
@@ -25,15 +25,18 @@
 #include "encap.h"
 
 #include <errno.h>
+#include <math.h>
 #include <netinet/udp.h>
 #include <stdlib.h>
 #include <sys/mman.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
+#include "ecn.h"
+
 #define PACKET_MAX 65535
 #define ARENA_BYTES (1024 * 1024)
-#define BATCH_BYTES (64 * 1024)
+#define BATCH_BYTES (128 * 1024)
 #define READS_PER_BATCH 64
 /* Of one read: a full packet in segments of the smallest MSS that Linux sends (48) makes 22. */
 #define SENDS_PER_READ 24
@@ -48,6 +51,9 @@
 /* Packets without segmentation after which no super-packet is expected any more. */
 #define GUESS_MISSES 8
 #define MESSAGES 128
+/* How long a queue may stand, and the time between the first two marks. */
+#define TARGET_NS (1000 * 1000)
+#define INTERVAL_NS (10 * 1000 * 1000)
 /* Messages to a peer that refused a segmented one, before the next is tried. */
 #define UNSEGMENTED_MESSAGES 4096
 #define PUSH sizeof(struct vxlan_push)
@@ -317,37 +323,55 @@ static bool flush(struct encap_side *side)
 	return true;
 }
 
-/* The message for @datagrams of @length bytes in all, a new one if none on the socket takes them.
- */
-static struct send *open_send(struct encap_side *side, struct send_socket *socket,
-			      const struct encap *encap, size_t datagrams, size_t length,
-			      size_t size)
+/* Whether datagrams to this peer go one by one for now. */
+static bool is_unsegmented(const struct encap_side *side, struct fib_traffic *traffic)
 {
-	const struct fib_entry *peer = encap->peer;
-	struct send *send;
-	int index;
+	unsigned int left = atomic_load_explicit(&traffic->unsegmented, memory_order_relaxed);
 
-	for (index = socket->first; index >= 0; index = side->send[index].next) {
-		send = &side->send[index];
-		if (send->peer != peer || send->closed)
+	if (left)
+		atomic_store_explicit(&traffic->unsegmented, left - 1, memory_order_relaxed);
+	return left || !side->segment;
+}
+
+/*
+ * The message on @socket that @datagrams of @size bytes may join, or NULL. Nothing may overtake
+ * them later, so one that they cannot join is closed.
+ */
+static struct send *open_send(struct encap_side *side, const struct send_socket *socket,
+			      const struct encap *encap, size_t datagrams, size_t size)
+{
+	for (int i = socket->first; i >= 0; i = side->send[i].next) {
+		struct send *send = &side->send[i];
+
+		if (send->peer != encap->peer || send->closed)
 			continue;
-		if (datagrams == 1 && length <= send->size && send->tos == encap->outer_tos &&
-		    send->total + length <= SEND_BYTES)
+		/* Only the last datagram of a message may be shorter. */
+		if ((size == send->size || (datagrams == 1 && size < send->size)) &&
+		    send->tos == encap->outer_tos)
 			return send;
-		/* What comes now must not be overtaken by what joins that one later. */
 		send->closed = true;
 	}
-	index = (int)side->sends++;
-	send = &side->send[index];
+	return NULL;
+}
+
+static struct send *new_send(struct encap_side *side, struct send_socket *socket,
+			     const struct encap *encap, size_t size)
+{
+	int index = (int)side->sends++;
+	struct send *send = &side->send[index];
+
 	*send = (struct send) {
-		.peer = peer,
+		.peer = encap->peer,
 		.tos = encap->outer_tos,
 		.size = size,
+		.most = SEND_BYTES / size < DATAGRAMS_PER_SEND ? (unsigned int)(SEND_BYTES / size)
+							       : DATAGRAMS_PER_SEND,
+		.split = is_unsegmented(side, encap->peer->traffic),
 		.first = -1,
 		.last = -1,
 		.next = -1,
 	};
-	send->to_length = underlay_sockaddr(peer, &send->to);
+	send->to_length = underlay_sockaddr(encap->peer, &send->to);
 	if (socket->first < 0)
 		socket->first = index;
 	else
@@ -372,39 +396,29 @@ static void add_piece(struct encap_side *side, struct send *send, uint8_t *start
 	send->last = (int)side->pieces++;
 }
 
-/* Whether datagrams to this peer go one by one for now. */
-static bool is_unsegmented(const struct encap_side *side, struct fib_traffic *traffic)
-{
-	unsigned int left = atomic_load_explicit(&traffic->unsegmented, memory_order_relaxed);
-
-	if (left)
-		atomic_store_explicit(&traffic->unsegmented, left - 1, memory_order_relaxed);
-	return left || !side->segment;
-}
-
 /* Put @datagrams that lie at @start, each of @size bytes but the last, on the way. */
 static void enqueue(struct encap_side *side, const struct encap *encap, uint8_t *start,
 		    size_t datagrams, size_t length, size_t size)
 {
 	struct send_socket *socket = &side->socket[encap->flow.hash % side->sockets];
 	struct fib_traffic *traffic = encap->peer->traffic;
-	size_t most =
-		SEND_BYTES / size < DATAGRAMS_PER_SEND ? SEND_BYTES / size : DATAGRAMS_PER_SEND;
 
 	traffic_add(&traffic->encap_packets, datagrams);
 	traffic_add(&traffic->encap_bytes, length - datagrams * PUSH);
 	while (datagrams) {
-		size_t count = datagrams < most ? datagrams : most;
-		size_t bytes = datagrams > count ? count * size : length;
-		struct send *send =
-			open_send(side, socket, encap, count, bytes, count == 1 ? bytes : size);
+		size_t one = datagrams == 1 ? length : size;
+		struct send *send = open_send(side, socket, encap, datagrams, one);
+		size_t count, bytes;
 
+		if (!send)
+			send = new_send(side, socket, encap, one);
+		count = send->most - send->datagrams;
+		if (count > datagrams)
+			count = datagrams;
+		bytes = count == datagrams ? length : count * size;
 		add_piece(side, send, start, bytes);
-		send->split = send->datagrams ? send->split : is_unsegmented(side, traffic);
 		send->datagrams += (unsigned int)count;
-		send->total += bytes;
-		if (bytes != count * send->size || send->datagrams >= DATAGRAMS_PER_SEND)
-			send->closed = true;
+		send->closed = send->datagrams == send->most || bytes != count * send->size;
 		start += bytes;
 		datagrams -= count;
 		length -= bytes;
@@ -472,6 +486,24 @@ static void guess(struct tun_queue *queue, const struct gso *gso)
 	}
 }
 
+/*
+ * Whether a packet that can carry a congestion mark gets one. A local sender is not held back by
+ * the TUN, which disowns its packets, so it fills the queue up to its window: milliseconds for all
+ * who share it. The rule is CoDel's (RFC 8289), with the time since the queue was last empty for
+ * the sojourn time, which the TUN does not tell. Packets of senders that do not know marks are not
+ * dropped: a loss costs more than it brings here.
+ */
+static bool must_mark(struct encap_side *side, struct tun_queue *queue)
+{
+	if (!queue->standing_since || side->now - queue->standing_since < TARGET_NS)
+		return false;
+	if (queue->marks && side->now < queue->next_mark)
+		return false;
+	queue->marks++;
+	queue->next_mark = side->now + (uint64_t)(INTERVAL_NS / sqrt(queue->marks));
+	return true;
+}
+
 /* Read one packet and put it on the way. Return: bytes read, 0 when there is none, or -errno */
 static ssize_t take_packet(struct encap_side *side, struct tun_queue *queue, size_t *packets)
 {
@@ -519,6 +551,11 @@ static ssize_t take_packet(struct encap_side *side, struct tun_queue *queue, siz
 			gso_spread(&gso, packet, PUSH);
 	}
 	guess(queue, &gso);
+	if (encap.flow.ecn != ECN_NOT_ECT && must_mark(side, queue)) {
+		flow_set_ecn(packet, get_be16(encap.peer->push.eth.type), ECN_CE);
+		encap.outer_tos = ecn_push(ECN_CE);
+		count_up(&side->counters.congestion_marks, 1);
+	}
 	if (gso.protocol) {
 		gso_fill(&gso, packet, PUSH);
 	} else if (!gso_complete_checksum(&vnet, packet, &encap.flow)) {
@@ -528,9 +565,20 @@ static ssize_t take_packet(struct encap_side *side, struct tun_queue *queue, siz
 	for (size_t i = 0; i < gso.segments; i++)
 		memcpy(datagram + i * stride, &encap.peer->push, PUSH);
 	*packets += gso.segments - 1;
-	enqueue(side, &encap, datagram, gso.segments, total, gso.segments > 1 ? stride : total);
 	side->used += total;
+	enqueue(side, &encap, datagram, gso.segments, total, gso.segments > 1 ? stride : total);
 	return got;
+}
+
+/* A queue was seen empty, or not, at the end of a batch. */
+static void note_standing(struct tun_queue *queue, bool empty, uint64_t now)
+{
+	if (empty) {
+		queue->standing_since = 0;
+		queue->marks = 0;
+	} else if (!queue->standing_since) {
+		queue->standing_since = now;
+	}
 }
 
 /* Move a batch of one queue. Return: packets, or -errno */
@@ -540,6 +588,7 @@ static int encap_batch(struct encap_side *side, struct tun_queue *queue)
 	ssize_t got = 0;
 
 	queue->served = ++side->batches;
+	side->now = now_ns();
 	fib_enter(side->ctx->fib, &side->reader);
 	for (unsigned int i = 0; i < READS_PER_BATCH && side->used < BATCH_BYTES &&
 				 side->sends <= SENDS - SENDS_PER_READ;
@@ -548,6 +597,7 @@ static int encap_batch(struct encap_side *side, struct tun_queue *queue)
 		if (got <= 0)
 			break;
 	}
+	note_standing(queue, got == 0, side->now);
 	if (!flush(side)) {
 		for (unsigned int i = 0; i < side->sends; i++)
 			side->send[i].peer = NULL;

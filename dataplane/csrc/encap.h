@@ -9,7 +9,7 @@
 #include "context.h"
 #include "gso.h"
 
-#define TUN_QUEUES_MAX 16
+#define TUN_QUEUES_MAX 64
 #define SEND_SOCKETS_MAX 64
 #define SENDS 128
 #define PIECES 256
@@ -35,8 +35,8 @@ struct send {
 	bool closed; /* takes no more: it is full, or ends in a shorter datagram */
 	bool split; /* its datagrams are sent one by one */
 	size_t size; /* of each datagram but the last */
-	size_t total;
 	unsigned int datagrams;
+	unsigned int most; /* datagrams that it may have */
 	unsigned int sent; /* of @datagrams, when it is split */
 	int first, last; /* pieces */
 	int next; /* of the same socket, or -1 */
@@ -53,6 +53,9 @@ struct tun_queue {
 	uint64_t served; /* when, in batches */
 	size_t headers, size; /* guess for the next super-packet; 0, 0: that there is none */
 	unsigned int misses; /* packets since the last super-packet */
+	uint64_t standing_since; /* not empty since then; 0: it was */
+	uint64_t next_mark;
+	unsigned int marks; /* since the queue was last empty */
 };
 
 /* The way from the TUN to the wire. One thread at a time is in it. */
@@ -68,6 +71,7 @@ struct encap_side {
 	unsigned int blocked; /* sockets that wait for room */
 	bool segment;
 	uint64_t batches;
+	uint64_t now; /* at the begin of the batch, ns */
 	uint8_t *arena;
 	size_t used; /* of the arena */
 	unsigned int pieces, sends;

@@ -18,17 +18,19 @@
  */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <sched.h>
 #include <signal.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <sys/eventfd.h>
-#include <time.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include "decap.h"
 #include "encap.h"
 
 #define BATCHES_PER_TURN 4
+#define NICE_RAISED (-20)
+#define SLICE_NS (100 * 1000)
 #define BUSY_NS (1000 * 1000)
 #define LULL_NS (20 * 1000 * 1000)
 #define LULL_PACKETS 256
@@ -44,6 +46,8 @@ struct fp_worker {
 	int stop_fd; /* readable once threads are to end */
 	int error_fd; /* readable once a thread has ended with an error */
 	_Atomic int error;
+	_Atomic int schedule_error;
+	int schedule;
 	uint64_t poll_ns;
 	bool adaptive;
 	unsigned int threads;
@@ -53,14 +57,6 @@ struct fp_worker {
 	struct encap_side encap;
 	struct decap_side decap;
 };
-
-static uint64_t now_ns(void)
-{
-	struct timespec now;
-
-	clock_gettime(CLOCK_MONOTONIC, &now);
-	return (uint64_t)now.tv_sec * 1000000000 + (uint64_t)now.tv_nsec;
-}
 
 static int watch(int epoll_fd, int operation, int fd, uint32_t events, uint64_t key)
 {
@@ -86,6 +82,7 @@ struct fp_worker *fp_worker_new(struct fp_ctx *ctx, const struct fp_io *io)
 	worker->ctx = ctx;
 	worker->encap.epoll_fd = worker->decap.epoll_fd = -1;
 	worker->poll_ns = (uint64_t)io->poll_us * 1000;
+	worker->schedule = io->schedule;
 	worker->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
 	worker->stop_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	worker->error_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
@@ -187,6 +184,44 @@ static void fail(struct fp_worker *worker, int err)
 	eventfd_write(worker->error_fd, 1);
 }
 
+/* linux/sched/types.h, which libc does not have everywhere. */
+struct sched_attributes {
+	uint32_t size;
+	uint32_t policy;
+	uint64_t flags;
+	int32_t nice;
+	uint32_t priority;
+	uint64_t runtime; /* of SCHED_OTHER: the slice, from Linux 6.12 on */
+	uint64_t deadline;
+	uint64_t period;
+};
+
+/* Give the calling thread the schedule of @worker; without the right to it stays as it is. */
+static void schedule(struct fp_worker *worker)
+{
+	struct sched_attributes raised = { .size = sizeof(raised),
+					   .policy = SCHED_OTHER,
+					   .nice = NICE_RAISED,
+					   .runtime = SLICE_NS };
+	struct sched_attributes realtime = { .size = sizeof(realtime),
+					     .policy = SCHED_RR,
+					     .priority = 1 };
+	void *attributes = worker->schedule == FP_SCHEDULE_RAISED ? &raised : &realtime;
+
+	if (worker->schedule != FP_SCHEDULE_NORMAL && syscall(SYS_sched_setattr, 0, attributes, 0))
+		worker->schedule_error = errno;
+}
+
+/**
+ * fp_worker_schedule_error() - Why a thread runs as any other
+ *
+ * Return: 0 when all run as wanted, or EPERM without CAP_SYS_NICE
+ */
+int fp_worker_schedule_error(const struct fp_worker *worker)
+{
+	return worker->schedule_error;
+}
+
 /* Wait for @epoll_fd, after polling it if packets came a moment ago. Return: as epoll_wait() */
 static int wait_for(const struct fp_worker *worker, int epoll_fd, uint64_t last, int timeout_ms,
 		    struct epoll_event *event)
@@ -214,6 +249,7 @@ static void *run_both(void *arg)
 	struct fp_worker *worker = arg;
 	uint64_t last = 0, busy_since = now_ns();
 
+	schedule(worker);
 	for (;;) {
 		struct epoll_event event = { 0 };
 		int moved = 0;
@@ -245,6 +281,7 @@ static void *run_encap(void *arg)
 	struct fp_worker *worker = arg;
 	uint64_t last = 0;
 
+	schedule(worker);
 	for (;;) {
 		struct epoll_event event = { 0 };
 
@@ -267,6 +304,7 @@ static void *run_decap(void *arg)
 	struct fp_worker *worker = arg;
 	uint64_t last = 0;
 
+	schedule(worker);
 	for (;;) {
 		struct epoll_event event = { 0 };
 
@@ -320,6 +358,7 @@ static void *run_assistant(void *arg)
 		close_fd(epoll_fd);
 		return NULL;
 	}
+	schedule(worker);
 	while (epoll_wait(epoll_fd, &event, 1, -1) < 0 || event.data.u64 != KEY_STOP) {
 		if (eventfd_read(worker->assist_fd, &calls) == 0 && !assist(worker))
 			break;

@@ -195,8 +195,15 @@ FLAGS: tuple[Flag, ...] = (
         "threads that move packets; 0: the event loop; auto: 1, and 2 under load",
         _DATA,
     ),
+    Flag(
+        "sched",
+        _one_of("normal", "raised", "realtime"),
+        "raised",
+        "priority of these threads: normal, raised (nice -20) or realtime (SCHED_RR)",
+        _DATA,
+    ),
     Flag("poll-us", _number(0, 1_000_000), "0", "microseconds to poll before sleeping", _DATA),
-    Flag("tun-queues", _number(1, 16), "1", "queues of the TUN, served in turns", _DATA),
+    Flag("tun-queues", _number(1, 64), "32", "queues of the TUN, served in turns", _DATA),
     Flag("ip-masq", _boolean, "false", "masquerade; told in subnet.env", _TRAFFIC),
     Flag("ip-masq-fully-random-disable", _boolean, "false", "no --random-fully", _TRAFFIC),
     Flag("iptables-forward-rules", _boolean, "true", "accept forwarded packets", _TRAFFIC),
@@ -266,6 +273,7 @@ class Options:
     tun_queue_length: int
     offload: Offload | None
     workers: str
+    sched: str
     poll_us: int
     tun_queues: int
     ip_masq: bool

@@ -16,7 +16,7 @@ from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 
 from pyflannel.control.network_config import NetworkConfig
-from pyflannel.dataplane.fastpath import AntiSpoofing, Context, FastpathConfig, WorkerIo
+from pyflannel.dataplane.fastpath import AntiSpoofing, Context, FastpathConfig, Schedule, WorkerIo
 from pyflannel.dataplane.forwarder import Forwarder, Workers
 from pyflannel.dataplane.host_change import InUse
 from pyflannel.dataplane.interface import Choice, choose_interface
@@ -339,6 +339,7 @@ class Overlay:
             send=underlay.send_fds,
             offload=self.offload,
             poll_us=self._options.poll_us,
+            schedule=Schedule[self._options.sched.upper()],
         )
 
     def reopen(self) -> None:

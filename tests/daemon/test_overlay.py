@@ -84,7 +84,7 @@ def test_packet_ttl_is_decremented_by_the_two_hosts_only(overlay: Lab) -> None:
     assert "ttl=62" in answer
 
 
-@pytest.mark.parametrize("flags", [(), ("-R",), ("-u", "-b", "50M"), ("-u", "-b", "50M", "-R")])
+@pytest.mark.parametrize("flags", [(), ("-R",), ("-u", "-b", "20M"), ("-u", "-b", "20M", "-R")])
 def test_tcp_and_udp_both_ways_with_the_kernel_node(overlay: Lab, flags: tuple[str, ...]) -> None:
     (_, ours), _, (kernel_host, kernel) = _containers(overlay)
     server = kernel.start("iperf3", "-s", "-1", log=overlay.folder / "iperf3.log")
