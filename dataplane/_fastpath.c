@@ -410,6 +410,7 @@ static void copy_traffic(const struct fib_entry *entry, void *arg)
 		.decap_bytes = entry->traffic->decap_bytes,
 	};
 	into->drops = entry->traffic->drops;
+	into->heard_ms = entry->traffic->heard_ms;
 }
 
 /**

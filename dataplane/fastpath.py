@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
@@ -112,11 +112,12 @@ class Counters:
 
 @dataclass(frozen=True, slots=True)
 class PeerTraffic:
-    """Counters of one route."""
+    """Counters of one route; `heard_at` in seconds of time.monotonic(), None if never."""
 
     subnet: IPNetwork
     traffic: Traffic
     drops: int
+    heard_at: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +172,15 @@ def _network(octets: bytes, length: int) -> IPNetwork:
 def _traffic(traffic: ffi.CData) -> Traffic:
     return Traffic(
         traffic.encap_packets, traffic.encap_bytes, traffic.decap_packets, traffic.decap_bytes
+    )
+
+
+def _peer_traffic(peer: ffi.CData) -> PeerTraffic:
+    return PeerTraffic(
+        subnet=_network(bytes(peer.subnet), peer.subnet_len),
+        traffic=_traffic(peer.traffic),
+        drops=peer.drops,
+        heard_at=peer.heard_ms / 1000 if peer.heard_ms else None,
     )
 
 
@@ -285,17 +295,12 @@ class Context:
     def __len__(self) -> int:
         return int(lib.fp_route_count(self._ctx))
 
-    def peers(self) -> list[PeerTraffic]:
-        """Return the counters of every route."""
+    def peers(self) -> Iterator[PeerTraffic]:
+        """Yield the counters of every route, read now; any thread may iterate."""
         capacity = len(self) + 64
         raw = ffi.new("struct fp_peer_traffic[]", capacity)
         count = lib.fp_peers_traffic(self._ctx, raw, capacity)
-        return [
-            PeerTraffic(
-                _network(bytes(peer.subnet), peer.subnet_len), _traffic(peer.traffic), peer.drops
-            )
-            for peer in raw[0:count]
-        ]
+        return (_peer_traffic(raw[i]) for i in range(count))
 
     def counters(self) -> Counters:
         """Return the sums over all workers."""
@@ -412,6 +417,13 @@ class Worker:
     def runs_as_scheduled(self) -> bool:
         """Whether every thread got the schedule it was to have; false without CAP_SYS_NICE."""
         return not int(lib.fp_worker_schedule_error(self._worker))
+
+    def silence(self) -> float:
+        """Return for how many seconds the slowest thread has been in its turn; 0 without threads.
+
+        Threads that have nothing to do turn every second.
+        """
+        return float(lib.fp_worker_silence_ms(self._worker)) / 1000
 
     def stop(self) -> None:
         """End the threads behind their present batch; nothing that was read is lost."""

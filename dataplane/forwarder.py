@@ -47,6 +47,13 @@ class Forwarder:
         self._on_lost = on_lost
         self._worker: Worker | None = None
 
+    @property
+    def silence(self) -> float:
+        """For how many seconds packets may have had no turn; a loop that can ask turns itself."""
+        if self._worker is None or self._workers is Workers.LOOP:
+            return 0.0
+        return self._worker.silence()
+
     def start(self, io: WorkerIo) -> None:
         """Begin to forward; the descriptors stay the caller's and must outlive `close`."""
         assert self._worker is None

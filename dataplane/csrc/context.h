@@ -36,6 +36,15 @@ static inline void count_up(uint64_t *counter, uint64_t by)
 	__atomic_store_n(counter, *counter + by, __ATOMIC_RELAXED);
 }
 
+/* CLOCK_MONOTONIC to a few milliseconds, for as much as reading a variable. */
+static inline uint64_t coarse_ms(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC_COARSE, &now);
+	return (uint64_t)now.tv_sec * 1000 + (uint64_t)now.tv_nsec / 1000000;
+}
+
 static inline void traffic_add(_Atomic uint64_t *counter, uint64_t by)
 {
 	atomic_fetch_add_explicit(counter, by, memory_order_relaxed);

@@ -122,6 +122,8 @@ static void count_written(struct decap_side *side, const struct fib_entry *sende
 	if (sender) {
 		traffic_add(&sender->traffic->decap_packets, packets);
 		traffic_add(&sender->traffic->decap_bytes, bytes);
+		atomic_store_explicit(&sender->traffic->heard_ms, side->received_ms,
+				      memory_order_relaxed);
 	}
 }
 
@@ -252,6 +254,7 @@ static int decap_batch(struct decap_side *side)
 	received = recvmmsg(side->receive_fd, side->message, side->slots, MSG_DONTWAIT, NULL);
 	if (received <= 0)
 		return 0;
+	side->received_ms = coarse_ms();
 	count_up(&side->counters.receives, (uint64_t)received);
 	for (int i = 0; i < received; i++) {
 		bytes += side->message[i].msg_len;

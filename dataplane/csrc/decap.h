@@ -31,6 +31,7 @@ struct decap_side {
 	int receive_fd;
 	int tun_fd;
 	unsigned int slots; /* to receive into next time */
+	uint64_t received_ms; /* when the present batch came */
 	uint8_t *arena;
 	struct receive receive[RECEIVES];
 	struct mmsghdr message[RECEIVES];

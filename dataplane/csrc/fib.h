@@ -9,6 +9,7 @@
 /* Counters outlive a change of their route's next hop; relaxed, several workers add. */
 struct fib_traffic {
 	_Atomic uint64_t encap_packets, encap_bytes, decap_packets, decap_bytes, drops;
+	_Atomic uint64_t heard_ms; /* when a packet came last, of CLOCK_MONOTONIC; 0: never */
 	_Atomic unsigned int unsegmented; /* messages for which segmented sends are not tried */
 };
 

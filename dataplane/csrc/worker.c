@@ -35,6 +35,7 @@
 #define LULL_NS (20 * 1000 * 1000)
 #define LULL_PACKETS 256
 #define LULL_MS 20
+#define BEAT_MS 1000 /* a thread turns at least so often, to show that it can */
 
 /* Keys of the epoll set over both sides. */
 enum { KEY_ENCAP, KEY_DECAP, KEY_STOP };
@@ -52,6 +53,7 @@ struct fp_worker {
 	bool adaptive;
 	unsigned int threads;
 	pthread_t thread[2];
+	_Atomic uint64_t turned_ms[2]; /* when each thread began its present turn */
 	_Atomic bool assisted; /* the second thread has the decap side */
 	int assist_fd; /* readable: the second thread is called in */
 	struct encap_side encap;
@@ -244,6 +246,11 @@ static void call_assistant(struct fp_worker *worker)
 	eventfd_write(worker->assist_fd, 1);
 }
 
+static void beat(struct fp_worker *worker, unsigned int thread)
+{
+	atomic_store_explicit(&worker->turned_ms[thread], coarse_ms(), memory_order_relaxed);
+}
+
 static void *run_both(void *arg)
 {
 	struct fp_worker *worker = arg;
@@ -254,9 +261,10 @@ static void *run_both(void *arg)
 		struct epoll_event event = { 0 };
 		int moved = 0;
 
+		beat(worker, 0);
 		/* Nothing ready at once is the pause that ends a busy time. */
 		if (epoll_wait(worker->epoll_fd, &event, 1, 0) == 0) {
-			wait_for(worker, worker->epoll_fd, last, -1, &event);
+			wait_for(worker, worker->epoll_fd, last, BEAT_MS, &event);
 			busy_since = now_ns();
 		}
 		if (event.data.u64 == KEY_STOP)
@@ -285,7 +293,8 @@ static void *run_encap(void *arg)
 	for (;;) {
 		struct epoll_event event = { 0 };
 
-		if (wait_for(worker, worker->encap.epoll_fd, last, -1, &event) > 0 &&
+		beat(worker, 0);
+		if (wait_for(worker, worker->encap.epoll_fd, last, BEAT_MS, &event) > 0 &&
 		    event.data.u64 == ENCAP_KEY_STOP)
 			return NULL;
 		int sent = encap_turn(&worker->encap, BATCHES_PER_TURN);
@@ -308,7 +317,8 @@ static void *run_decap(void *arg)
 	for (;;) {
 		struct epoll_event event = { 0 };
 
-		if (wait_for(worker, worker->decap.epoll_fd, last, -1, &event) > 0 &&
+		beat(worker, 1);
+		if (wait_for(worker, worker->decap.epoll_fd, last, BEAT_MS, &event) > 0 &&
 		    event.data.u64 == DECAP_KEY_STOP)
 			return NULL;
 		if (decap_turn(&worker->decap, BATCHES_PER_TURN) && worker->poll_ns)
@@ -326,6 +336,7 @@ static bool assist(struct fp_worker *worker)
 		struct epoll_event event = { 0 };
 		uint64_t now;
 
+		beat(worker, 1);
 		if (wait_for(worker, worker->decap.epoll_fd, last, LULL_MS, &event) > 0 &&
 		    event.data.u64 == DECAP_KEY_STOP)
 			return false;
@@ -359,7 +370,13 @@ static void *run_assistant(void *arg)
 		return NULL;
 	}
 	schedule(worker);
-	while (epoll_wait(epoll_fd, &event, 1, -1) < 0 || event.data.u64 != KEY_STOP) {
+	for (;;) {
+		int ready;
+
+		beat(worker, 1);
+		ready = epoll_wait(epoll_fd, &event, 1, BEAT_MS);
+		if (ready > 0 && event.data.u64 == KEY_STOP)
+			break;
 		if (eventfd_read(worker->assist_fd, &calls) == 0 && !assist(worker))
 			break;
 	}
@@ -407,6 +424,8 @@ int fp_worker_start(struct fp_worker *worker, int threads, int adaptive)
 	err = watch_stop(worker, EPOLL_CTL_ADD);
 	if (err)
 		return err;
+	beat(worker, 0);
+	beat(worker, 1);
 	sigfillset(&all);
 	pthread_sigmask(SIG_BLOCK, &all, &before);
 	err = start_thread(worker, split ? run_encap : run_both, split ? "fp-encap" : "fp-both");
@@ -437,6 +456,20 @@ int fp_worker_stop(struct fp_worker *worker)
 		watch(worker->epoll_fd, EPOLL_CTL_MOD, worker->decap.epoll_fd, EPOLLIN, KEY_DECAP);
 	}
 	return worker->error;
+}
+
+/** fp_worker_silence_ms() - How long ago the thread that hangs longest began its turn; 0 without */
+uint64_t fp_worker_silence_ms(const struct fp_worker *worker)
+{
+	uint64_t now = coarse_ms(), oldest = now;
+
+	for (unsigned int i = 0; i < worker->threads; i++) {
+		uint64_t turned = worker->turned_ms[i];
+
+		if (turned < oldest)
+			oldest = turned;
+	}
+	return now - oldest;
 }
 
 static void add_counters(const struct fp_counters *counters, struct fp_counters *into)

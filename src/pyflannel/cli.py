@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
 
 from pyflannel import docker_opts, show
@@ -80,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         from pyflannel.daemon import run
 
-        return uvloop.run(run(options))
+        return uvloop.run(run(options, partial(parse_options, words, os.environ)))
     except Refusal as error:
         log.error("%s", error)
         return 1

@@ -49,6 +49,8 @@ from pyflannel.node import Node
 from pyflannel.notify import notify
 from pyflannel.options import Options, unserved_flags
 from pyflannel.overlay import Overlay, choose_underlay, remove_kernel_device
+from pyflannel.pulse import watch_pulse
+from pyflannel.reload import follow_config, reload_when_told
 from pyflannel.suspects import report_suspects
 from pyflannel.traffic import Traffic
 
@@ -99,8 +101,16 @@ def _lease_mac(leases: Sequence[Lease], public_ip: IPv4Address) -> MacAddress | 
 class Daemon:
     """One node of one network, from start to exit."""
 
-    def __init__(self, options: Options, stack: contextlib.AsyncExitStack) -> None:
+    def __init__(
+        self,
+        options: Options,
+        read_options: Callable[[], Options],
+        hangup: asyncio.Event,
+        stack: contextlib.AsyncExitStack,
+    ) -> None:
         self._options = options
+        self._read_options = read_options
+        self._hangup = hangup
         self._stack = stack
         self._node = Node(options)
         self._readiness = self._node.readiness
@@ -189,6 +199,9 @@ class Daemon:
             sync.run(),
             traffic.run(),
             watch.run(),
+            watch_pulse(node, os.environ),
+            follow_config(node),
+            reload_when_told(node, self._read_options, self._hangup),
             report_suspects(
                 overlay.context, table.leases, dropped=options.anti_spoofing == "enforce"
             ),
@@ -198,7 +211,9 @@ class Daemon:
         options = self._options
         ports = {options.healthz_port, options.metrics_port} - {0}
         for port in sorted(ports):
-            server = HealthServer(self._readiness, str(options.healthz_ip), port, self._metrics)
+            server = HealthServer(
+                self._readiness, str(options.healthz_ip), port, lambda: metrics.page(self._node)
+            )
             await server.start()
             self._stack.push_async_callback(server.close)
 
@@ -208,11 +223,6 @@ class Daemon:
         )
         await server.start()
         self._stack.push_async_callback(server.close)
-
-    def _metrics(self) -> bytes:
-        node = self._node
-        context = node.overlays[0].context if node.overlays else None
-        return metrics.render(context, node.table, self._readiness)
 
     async def _read_config(self, etcd: Etcd) -> NetworkConfig:
         key = config_key(self._options.etcd_prefix)
@@ -284,14 +294,18 @@ class Daemon:
             await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def run(options: Options) -> int:
-    """Run the node until SIGTERM or SIGINT; return the exit code."""
+async def run(options: Options, read_options: Callable[[], Options]) -> int:
+    """Run the node until SIGTERM or SIGINT; return the exit code.
+
+    At SIGHUP `read_options` reads the options anew.
+    """
     loop = asyncio.get_running_loop()
-    stop = asyncio.Event()
+    stop, hangup = asyncio.Event(), asyncio.Event()
+    loop.add_signal_handler(signal.SIGHUP, hangup.set)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     async with contextlib.AsyncExitStack() as stack:
-        daemon = asyncio.ensure_future(Daemon(options, stack).start_and_run())
+        daemon = asyncio.ensure_future(Daemon(options, read_options, hangup, stack).start_and_run())
         stopped = asyncio.ensure_future(stop.wait())
         await asyncio.wait([daemon, stopped], return_when=asyncio.FIRST_COMPLETED)
         stopped.cancel()

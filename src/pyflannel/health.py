@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 
 from pyflannel.dataplane.refusal import Refusal
 
@@ -12,6 +12,9 @@ log = logging.getLogger(__name__)
 
 REQUEST_BYTES = 8192
 REQUEST_SECONDS = 5.0
+
+HUNG = "hung"
+"""The one reason that a restart mends, so /healthz fails by it too."""
 
 
 class Readiness:
@@ -46,7 +49,11 @@ class HealthServer:
     """Serves GET requests, one a connection; anything else is refused and closed."""
 
     def __init__(
-        self, readiness: Readiness, address: str, port: int, metrics: Callable[[], bytes]
+        self,
+        readiness: Readiness,
+        address: str,
+        port: int,
+        metrics: Callable[[], Awaitable[bytes]],
     ) -> None:
         self._readiness = readiness
         self._address = address
@@ -78,13 +85,16 @@ class HealthServer:
         if self._server is not None:
             self._server.close()
 
-    def _answer(self, method: bytes, target: bytes) -> tuple[str, str, bytes]:
+    async def _answer(self, method: bytes, target: bytes) -> tuple[str, str, bytes]:
         """Return status line, content type and body."""
         text = "text/plain; charset=utf-8"
         path = target.partition(b"?")[0]
         if method != b"GET":
             return "405 Method Not Allowed", text, b"only GET\n"
         if path == b"/healthz":
+            hung = self._readiness.reasons.get(HUNG)
+            if hung is not None:
+                return "503 Service Unavailable", text, f"{hung}\n".encode()
             return "200 OK", text, b"pyflannel-udp is running\n"
         if path == b"/readyz":
             if self._readiness.is_ready:
@@ -92,7 +102,7 @@ class HealthServer:
             lines = [f"{name}: {why}\n" for name, why in self._readiness.reasons.items()]
             return "503 Service Unavailable", text, "".join(lines).encode()
         if path == b"/metrics":
-            return "200 OK", "text/plain; version=0.0.4; charset=utf-8", self._metrics()
+            return "200 OK", "text/plain; version=0.0.4; charset=utf-8", await self._metrics()
         return "404 Not Found", text, b"/healthz, /readyz, /metrics\n"
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -100,7 +110,7 @@ class HealthServer:
             request = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), REQUEST_SECONDS)
             words = request.split(b"\r\n", 1)[0].split(b" ")
             status, kind, body = (
-                self._answer(words[0], words[1])
+                await self._answer(words[0], words[1])
                 if len(words) == 3
                 else ("400 Bad Request", "text/plain", b"not HTTP\n")
             )

@@ -50,4 +50,9 @@ def set_up_log(verbosity: int, form: str) -> None:
     root = logging.getLogger()
     root.handlers[:] = [stream]
     root.setLevel(logging.INFO)
+    set_verbosity(verbosity)
+
+
+def set_verbosity(verbosity: int) -> None:
+    """Show details from 2 on."""
     logging.getLogger("pyflannel").setLevel(logging.DEBUG if verbosity >= 2 else logging.INFO)

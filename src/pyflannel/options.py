@@ -13,6 +13,7 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, ip_address
 from pathlib import Path
 from typing import Any, Union
 
+from pyflannel.control.subnet_file import variables_untrusted
 from pyflannel.dataplane.offload import Offload, parse_offload
 from pyflannel.dataplane.refusal import Refusal
 
@@ -148,6 +149,13 @@ FLAGS: tuple[Flag, ...] = (
         _NODE,
     ),
     Flag("release-lease-on-exit", _boolean, "false", "give the lease back at exit", _NODE),
+    Flag(
+        "options-file",
+        _OPTIONAL_PATH,
+        "",
+        "file of FLANNELD_* lines; they outweigh the environment and are re-read on SIGHUP",
+        _NODE,
+    ),
     Flag("state-dir", Path, "/var/lib/pyflannel-udp", "where the VTEP MAC is kept", _NODE),
     Flag(
         "control-dir",
@@ -212,6 +220,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag("healthz-ip", ip_address, "0.0.0.0", "address of /healthz, /readyz, /metrics", _HEALTH),
     Flag("healthz-port", _number(0, 65535), "0", "their port; 0: off", _HEALTH),
     Flag("metrics-port", _number(0, 65535), "0", "one more port for them", _HEALTH),
+    Flag("metrics-per-peer", _boolean, "true", "series of each peer on /metrics", _HEALTH),
     Flag("kube-subnet-mgr", _boolean, "false", "not in this version", _KUBE),
     Flag("kube-api-url", str, "", "not in this version", _KUBE),
     Flag("kube-annotation-prefix", str, "flannel.alpha.coreos.com", "not in this version", _KUBE),
@@ -263,6 +272,7 @@ class Options:
     subnet_file: Path
     subnet_lease_renew_margin: int
     release_lease_on_exit: bool
+    options_file: Path | None
     state_dir: Path
     control_dir: Path
     replace_kernel_device: bool
@@ -284,6 +294,7 @@ class Options:
     healthz_ip: Union[IPv4Address, IPv6Address]
     healthz_port: int
     metrics_port: int
+    metrics_per_peer: bool
     kube_subnet_mgr: bool
     kube_api_url: str
     kube_annotation_prefix: str
@@ -348,11 +359,23 @@ def _words(argv: Sequence[str]) -> list[tuple[Flag, str]]:
     return found
 
 
+def _options_file(path: Path | None, environ: Mapping[str, str]) -> Mapping[str, str]:
+    """Return the variables of the options file, if there is to be one."""
+    if path is None:
+        path = _OPTIONAL_PATH(environ.get(_BY_NAME["options-file"].variable, ""))
+    if path is None:
+        return {}
+    try:
+        return variables_untrusted(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise Refusal(f"--options-file {path}: cannot be read ({error})") from None
+
+
 def parse_options(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
     """Read flags, then variables for flags that were not given.
 
-    Raises UsageError, HelpRequested, VersionRequested, or Refusal for a renew margin that flannel
-    would refuse as well.
+    Raises UsageError, HelpRequested, VersionRequested, or Refusal for an options file that cannot
+    be read and for a renew margin that flannel would refuse as well.
     """
     values: dict[str, Any] = {}
     notes: list[str] = []
@@ -362,8 +385,9 @@ def parse_options(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
         except ValueError as error:
             raise UsageError(f"--{flag.name} {text!r}: {error}") from None
         values[flag.field] = (*values.get(flag.field, ()), value) if flag.repeatable else value
+    variables = {**environ, **_options_file(values.get("options_file"), environ)}
     for flag in FLAGS:
-        text = environ.get(flag.variable, "")
+        text = variables.get(flag.variable, "")
         if flag.field in values or not text:
             continue
         try:

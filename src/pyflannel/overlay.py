@@ -228,6 +228,11 @@ class Overlay:
         """Which work the kernel takes off us."""
         return self._tun.offload | self._underlay.offload
 
+    @property
+    def silence(self) -> float:
+        """For how many seconds packets may have had no turn."""
+        return 0.0 if self._forwarder is None else self._forwarder.silence
+
     def identify(self, mac: MacAddress) -> None:
         """Make the fast path of the node whose VTEP MAC this is; its FIB is empty."""
         options, config = self._options, self._config

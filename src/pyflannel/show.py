@@ -149,7 +149,7 @@ def _amount(packets: int, size: int) -> str:
 
 def peer_lines(value: Sequence[Json]) -> list[str]:
     """Return the human form of `peers`."""
-    head = ("SUBNET", "ADDRESS", "VTEP MAC", "SENT", "", "RECEIVED", "", "DROPS")
+    head = ("SUBNET", "ADDRESS", "VTEP MAC", "SENT", "", "RECEIVED", "", "DROPS", "LAST SEEN")
     rows = [
         (
             peer["subnet"],
@@ -160,10 +160,13 @@ def peer_lines(value: Sequence[Json]) -> list[str]:
             str(peer["decap_packets"]),
             quantity(peer["decap_bytes"]),
             str(peer["drops"]),
+            "never"
+            if peer["last_seen_seconds"] is None
+            else f"{span(peer['last_seen_seconds'])} ago",
         )
         for peer in value
     ]
-    return columns(head, rows, numbers=range(3, 8))
+    return columns(head, rows, numbers=range(3, 9))
 
 
 def lease_lines(value: Json) -> list[str]:

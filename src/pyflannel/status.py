@@ -126,16 +126,18 @@ def _device(node: Node, overlay: Overlay) -> Json:
 
 def peers(node: Node) -> list[Json]:
     """Return each peer in use with its counters, in the order of subnets."""
+    now = time.monotonic()
     traffic = {x.subnet: x for overlay in node.overlays for x in overlay.context.peers()}
     routes = () if node.table is None else node.table.routes()
-    return [_peer(route, traffic.get(route.subnet)) for route in _sorted(routes)]
+    return [_peer(route, traffic.get(route.subnet), now) for route in _sorted(routes)]
 
 
 def _sorted(routes: Iterable[Route]) -> list[Route]:
     return sorted(routes, key=lambda x: (x.subnet.version, int(x.subnet.network_address)))
 
 
-def _peer(route: Route, counted: PeerTraffic | None) -> Json:
+def _peer(route: Route, counted: PeerTraffic | None, now: float) -> Json:
+    heard_at = None if counted is None else counted.heard_at
     return {
         "subnet": str(route.subnet),
         "vtep_mac": str(route.vtep_mac),
@@ -143,6 +145,7 @@ def _peer(route: Route, counted: PeerTraffic | None) -> Json:
         "port": route.port,
         **({} if counted is None else dataclasses.asdict(counted.traffic)),
         "drops": None if counted is None else counted.drops,
+        "last_seen_seconds": None if heard_at is None else max(0.0, now - heard_at),
     }
 
 
