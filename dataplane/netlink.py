@@ -162,14 +162,15 @@ class Netlink:
 
     async def link(self, name: str) -> Link | None:
         """Return a device by name, None where there is none."""
-        return next((x for x in await self._links() if x.name == name), None)
+        return next((x for x in await self.links() if x.name == name), None)
 
-    async def _links(self) -> list[Link]:
+    async def links(self) -> list[Link]:
+        """Return all devices."""
         return await self.run(lambda: [_link(message) for message in self._ipr.get_links()])
 
     async def vxlan_devices_on_port(self, port: int) -> tuple[str, ...]:
         """Return the names of the kernel vxlan devices that are up on a UDP port."""
-        return tuple(x.name for x in await self._links() if x.vxlan_port == port and x.up)
+        return tuple(x.name for x in await self.links() if x.vxlan_port == port and x.up)
 
     async def delete_link(self, name: str) -> None:
         """Delete a device; its routes go with it."""

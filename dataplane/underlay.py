@@ -128,7 +128,7 @@ def _instance_lock(port: int) -> socket.socket:
         if error.errno != errno.EADDRINUSE:
             raise
         raise Refusal(
-            f"another pyflannel-udp{_in_brackets(_processes(_unix_inodes('@' + name)))} already "
+            f"another pyflannel-udp{_in_brackets(processes(_unix_inodes('@' + name)))} already "
             f"serves UDP port {port} in this network namespace: stop it first"
         ) from None
     return lock
@@ -230,17 +230,17 @@ def _port_taken(port: int, vxlan_devices: Collection[str]) -> Refusal:
             f"{', '.join(sorted(vxlan_devices))}: stop what made it (flanneld?) and delete it "
             f"with `ip link delete {name}`"
         )
-    processes = _processes(_udp_inodes(port))
-    if processes:
-        return Refusal(f"UDP port {port} is held by {', '.join(processes)}: stop it first")
+    holders = processes(udp_inodes(port))
+    if holders:
+        return Refusal(f"UDP port {port} is held by {', '.join(holders)}: stop it first")
     return Refusal(
         f"UDP port {port} is taken by the kernel or by a process that cannot be seen from here: "
         f"look with `ss -uanp sport = :{port}` and `ip -d link show type vxlan` on the host"
     )
 
 
-def _udp_inodes(port: int) -> set[str]:
-    """Inodes of the UDP sockets bound to the port, of both families (proc(5), /proc/net/udp)."""
+def udp_inodes(port: int) -> set[str]:
+    """Return the inodes of the UDP sockets on the port, of both families (proc(5))."""
     inodes = set()
     for table in ("udp", "udp6"):
         for fields in _proc_net_rows(table):
@@ -261,8 +261,8 @@ def _proc_net_rows(table: str) -> list[list[str]]:
     return [line.split() for line in lines[1:]]
 
 
-def _processes(inodes: Collection[str]) -> list[str]:
-    """Name and pid of each visible process that has one of these sockets open."""
+def processes(inodes: Collection[str]) -> list[str]:
+    """Return name and pid of each visible process that has one of these sockets open."""
     links = {f"socket:[{inode}]" for inode in inodes}
     found = []
     for process in sorted(Path("/proc").glob("[0-9]*"), key=lambda path: int(path.name)):

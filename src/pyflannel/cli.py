@@ -20,8 +20,17 @@ from pyflannel.options import HelpRequested, UsageError, VersionRequested, parse
 
 log = logging.getLogger(__name__)
 
+
+def _doctor(argv: Sequence[str]) -> int:
+    # It needs the compiled fast path, which the others do not.
+    from pyflannel.doctor import main
+
+    return main(argv)
+
+
 COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {
     "docker-opts": docker_opts.main,
+    "doctor": _doctor,
     "leases": show.leases_main,
     "peers": show.peers_main,
     "status": show.status_main,

@@ -314,6 +314,7 @@ def help_text() -> str:
     lines = [
         "Usage: pyflannel-udp [FLAGS]",
         "       pyflannel-udp status | peers | leases | trace ADDRESS   (each has --help)",
+        "       pyflannel-udp doctor                  (what is amiss on this host)",
         "       pyflannel-udp docker-opts [OPTIONS]   (see docker-opts -h)",
         "",
         "Joins a flannel network (backend vxlan, etcd v3) without a kernel vxlan device.",

@@ -1,0 +1,172 @@
+"""`pyflannel-udp doctor`: looks for what keeps this host from being a node, or a good one.
+
+It runs the checks in order and prints what they find; it works before the daemon has ever started,
+and takes the daemon's flags, variables and options file. Exit code: 0 nothing found, 1 warnings,
+2 a failure, as monitoring plugins have it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from ipaddress import IPv4Network
+from pathlib import Path
+from typing import Any
+
+from pyflannel import doctor_cluster as cluster
+from pyflannel import doctor_host as host
+from pyflannel.command_line import Command, parse_command
+from pyflannel.control.lease import config_key
+from pyflannel.control.lease_list import LeaseList, read_leases
+from pyflannel.control.network_config import NetworkConfig
+from pyflannel.control_socket import ask, find_socket
+from pyflannel.dataplane.netlink import Netlink
+from pyflannel.dataplane.refusal import Refusal
+from pyflannel.dataplane.route import DEFAULT_PORT
+from pyflannel.etcd_access import ask_etcd
+from pyflannel.finding import Finding, failure
+from pyflannel.overlay import OVERHEAD_BYTES, Underlying, choose_underlay
+
+USAGE = """doctor [--json]
+
+Checks whether this host can be a node, or is a good one: device file, capabilities, UDP port,
+leftover kernel devices, firewall, kernel settings, etcd, configuration, clock, leases, the way to
+each peer and its VTEP. Exit code 0: nothing found, 1: warnings, 2: a failure."""
+
+ANY_NETWORK = IPv4Network("0.0.0.0/0")
+MACHINE_ID = Path("/etc/machine-id")
+
+
+@dataclass(slots=True)
+class Report:
+    """What was looked at, and what was found."""
+
+    checks: list[str] = field(default_factory=list)
+    findings: list[tuple[str, Finding]] = field(default_factory=list)
+
+    def add(self, check: str, findings: Iterable[Finding]) -> None:
+        """Note a check and its findings."""
+        self.checks.append(check)
+        self.findings += [(check, finding) for finding in findings]
+
+    @property
+    def exit_code(self) -> int:
+        """The worst severity."""
+        return max((int(finding.severity) for _, finding in self.findings), default=0)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Examine and print; return the exit code."""
+    command = parse_command(argv, USAGE)
+    # What is amiss is told once, as a finding.
+    logging.getLogger("pyflannel").setLevel(logging.CRITICAL)
+    report = asyncio.run(examine(command))
+    if command.json:
+        print(json.dumps(_value(report), indent=2))
+    else:
+        print("\n".join(_lines(report)))
+    return report.exit_code
+
+
+def _value(report: Report) -> Any:
+    findings = [
+        {**dataclasses.asdict(finding), "severity": finding.severity.name.lower(), "check": check}
+        for check, finding in report.findings
+    ]
+    return {"checks": report.checks, "findings": findings}
+
+
+def _lines(report: Report) -> list[str]:
+    lines = [f"{x.severity.name}: {x.sentence}; {x.remedy}" for _, x in report.findings]
+    found = f"{len(lines)} findings" if lines else "nothing found"
+    return [*lines, f"{len(report.checks)} checks, {found}: {', '.join(report.checks)}"]
+
+
+def _daemon(command: Command) -> Any:
+    """Return the status of the running daemon, None if there is none."""
+    try:
+        return ask(find_socket(command.options.control_dir, command.vni), "status")
+    except Refusal:
+        return None
+
+
+async def examine(command: Command) -> Report:
+    """Run every check that can be run."""
+    options, report = command.options, Report()
+    daemon = _daemon(command)
+    report.add("tun", host.check_tun())
+    report.add("capabilities", host.check_capabilities())
+    reading, findings = await cluster.check_etcd(options)
+    report.add("etcd", findings)
+    config = None
+    if reading is not None:
+        config, findings = cluster.check_config(reading, config_key(options.etcd_prefix))
+        report.add("configuration", findings)
+        report.add("clock", await cluster.check_clock(options))
+    _check_host(report, config, None if daemon is None else daemon["pid"])
+    async with Netlink() as netlink:
+        vni, port = (config.backend.vni, config.backend.port) if config else (1, DEFAULT_PORT)
+        links = await netlink.links()
+        report.add("devices", host.check_devices(links, vni, port))
+        if config is None:
+            return report
+        underlying = None
+        try:
+            underlying = await choose_underlay(options, netlink, config)
+            report.add("interface", ())
+        except Refusal as error:
+            sentence, _, remedy = str(error).partition("; ")
+            report.add("interface", [failure(sentence, remedy or "correct --iface")])
+        interface = None if underlying is None else underlying.choice.name
+        report.add("rp_filter", host.check_rp_filter(f"flannel.{vni}", interface))
+    with contextlib.suppress(Refusal):
+        leases = await ask_etcd(
+            options, lambda x: read_leases(x, options.etcd_prefix), cluster.ETCD_SECONDS
+        )
+        report.add("leases", cluster.check_leases(leases))
+        if underlying is not None:
+            await _check_peers(report, command, config, underlying, leases, daemon is not None)
+    return report
+
+
+def _check_host(report: Report, config: NetworkConfig | None, daemon: int | None) -> None:
+    vni, port = (config.backend.vni, config.backend.port) if config else (1, DEFAULT_PORT)
+    networks = [subnets.network for subnets in config.ranges] if config else [ANY_NETWORK]
+    report.add("port", host.check_port(port, daemon))
+    report.add(
+        "firewall",
+        [
+            *host.check_firewall_tools(nftables=config is not None and config.enable_nftables),
+            *host.check_firewall_input(port),
+        ],
+    )
+    report.add("forwarding", host.check_forwarding(networks))
+    report.add("bridge", host.check_bridge(networks))
+    report.add("linkdown", host.check_linkdown(f"flannel.{vni}"))
+
+
+async def _check_peers(
+    report: Report,
+    command: Command,
+    config: NetworkConfig,
+    underlying: Underlying,
+    leases: LeaseList,
+    is_running: bool,
+) -> None:
+    device = f"flannel.{config.backend.vni}"
+    machine_id = MACHINE_ID.read_text().strip() if MACHINE_ID.exists() else ""
+    own = underlying.public_ip
+    report.add(
+        "public-ip",
+        cluster.check_own_lease(leases, own, command.options, device, machine_id),
+    )
+    peers = [x for x in leases.leases if x.attributes.public_ip != own and x.attributes.vtep]
+    reached, findings = await cluster.check_path_mtu(peers, underlying.mtu + OVERHEAD_BYTES)
+    report.add("path-mtu", findings)
+    if is_running:
+        report.add("vteps", await cluster.check_vteps(peers, reached))

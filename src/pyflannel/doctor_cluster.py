@@ -1,0 +1,213 @@
+"""Checks of what lies around this host: etcd, the configuration, leases, the way to each peer.
+
+Each function looks at one thing and returns what is amiss, nothing where all is well.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import email.utils
+import http.client
+import ssl
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from urllib.parse import urlsplit
+
+from pyflannel.control.etcd import Reading
+from pyflannel.control.lease import Lease, config_key
+from pyflannel.control.lease_list import LeaseList
+from pyflannel.control.network_config import (
+    NetworkConfig,
+    NetworkConfigError,
+    parse_network_config_untrusted,
+)
+from pyflannel.control.vtep_identity import load_vtep_mac
+from pyflannel.dataplane.refusal import Refusal
+from pyflannel.dataplane.route import IPAddress
+from pyflannel.echo import echo
+from pyflannel.etcd_access import ask_etcd
+from pyflannel.finding import Finding, failure, warning
+from pyflannel.options import Options
+
+ETCD_SECONDS = 5.0
+CLOCK_SECONDS = 5.0
+ECHO_SECONDS = 1.0
+NAMED = 5
+"""Of many peers with the same trouble so many are named."""
+
+
+async def check_etcd(options: Options) -> tuple[Reading | None, list[Finding]]:
+    """Ask every endpoint for the configuration; return one's answer, and who gave none and why."""
+    key = config_key(options.etcd_prefix)
+
+    async def ask(endpoint: str) -> Reading | Refusal:
+        alone = replace(options, etcd_endpoints=(endpoint,))
+        try:
+            return await ask_etcd(alone, lambda etcd: etcd.get(key), ETCD_SECONDS)
+        except Refusal as error:
+            return error
+
+    answers = await asyncio.gather(*(ask(endpoint) for endpoint in options.etcd_endpoints))
+    found = [answer for answer in answers if isinstance(answer, Reading)]
+    say = warning if found else failure
+    findings = []
+    for endpoint, answer in zip(options.etcd_endpoints, answers):
+        if isinstance(answer, Refusal):
+            sentence, _, remedy = str(answer).partition("; ")
+            findings.append(say(f"{endpoint}: {sentence}", remedy))
+    return (max(found, key=lambda x: x.revision) if found else None), findings
+
+
+def check_config(reading: Reading, key: str) -> tuple[NetworkConfig | None, list[Finding]]:
+    """Read the network configuration with every rule of it."""
+    if reading.kv is None:
+        return None, [
+            failure(
+                f"etcd has no key {key}, so there is no network to join",
+                f"""etcdctl put {key} '{{"Network":"10.5.0.0/16","Backend":{{"Type":"vxlan"}}}}'""",
+            )
+        ]
+    try:
+        return parse_network_config_untrusted(reading.kv.value), []
+    except NetworkConfigError as error:
+        return None, [failure(str(error), f"correct {key} in etcd")]
+
+
+async def check_clock(options: Options) -> list[Finding]:
+    """Compare the clocks: a wrong one makes certificates invalid and the times in logs useless."""
+    loop = asyncio.get_running_loop()
+    for endpoint in options.etcd_endpoints:
+        ahead = await loop.run_in_executor(None, _seconds_ahead, endpoint, options)
+        if ahead is None:
+            continue
+        if abs(ahead) > CLOCK_SECONDS:
+            way = "ahead of" if ahead > 0 else "behind"
+            return [
+                warning(
+                    f"this host's clock is {abs(ahead):.0f} s {way} that of {endpoint}",
+                    "set the clock of both by NTP",
+                )
+            ]
+        return []
+    return []
+
+
+def _seconds_ahead(endpoint: str, options: Options) -> float | None:
+    """Return how far our clock is ahead of the Date in an HTTP answer, None without an answer."""
+    parts = urlsplit(endpoint)
+    host, port = parts.hostname or "", parts.port or 2379
+    connection = http.client.HTTPConnection(host, port, timeout=ETCD_SECONDS)
+    try:
+        if parts.scheme == "https":
+            connection = http.client.HTTPSConnection(
+                host, port, timeout=ETCD_SECONDS, context=_tls(options)
+            )
+        connection.request("GET", "/version")
+        date = connection.getresponse().headers.get("Date", "")
+        # etcd's Date is cut to whole seconds.
+        return time.time() - email.utils.parsedate_to_datetime(date).timestamp() - 0.5
+    except (OSError, ValueError, http.client.HTTPException):
+        return None
+    finally:
+        connection.close()
+
+
+def _tls(options: Options) -> ssl.SSLContext:
+    # A clock that is off by years makes the certificate look invalid, and is what we look for.
+    context = ssl.create_default_context()
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    if options.etcd_certfile is not None:
+        context.load_cert_chain(options.etcd_certfile, options.etcd_keyfile)
+    return context
+
+
+def check_leases(found: LeaseList) -> Iterator[Finding]:
+    """No two leases may have one public IP, and every key must be a lease."""
+    by_address: dict[IPAddress, list[Lease]] = {}
+    for lease in found.leases:
+        by_address.setdefault(lease.attributes.public_ip, []).append(lease)
+    for address, leases in by_address.items():
+        if len(leases) > 1:
+            subnets = ", ".join(str(lease.subnet.ipv4) for lease in leases)
+            yield failure(
+                f"the leases {subnets} have one public IP, {address}",
+                "give each host its own --public-ip, and delete the key of a host that is gone",
+            )
+    for key, why in found.bad.items():
+        yield warning(f"{key} in etcd is not a lease: {why}", f"etcdctl del {key}")
+
+
+def check_own_lease(
+    found: LeaseList, public_ip: IPAddress, options: Options, device: str, machine_id: str
+) -> Iterator[Finding]:
+    """Nobody else may have our public IP: the VTEP MAC kept on this host tells."""
+    ours = load_vtep_mac(options.state_dir / f"{device}.json", machine_id)
+    for lease in found.leases:
+        vtep = lease.attributes.vtep
+        if lease.attributes.public_ip == public_ip and vtep and ours and vtep.mac != ours:
+            yield failure(
+                f"the lease {lease.subnet.ipv4} has our public IP {public_ip} and the VTEP MAC "
+                f"{vtep.mac}, where this host has {ours}: another host uses our address",
+                "give each its own --public-ip",
+            )
+
+
+async def check_path_mtu(
+    peers: Sequence[Lease], outer_mtu: int
+) -> tuple[set[IPAddress], list[Finding]]:
+    """Find the largest packet that reaches each peer whole; return who answers at all, too."""
+    addresses = {lease.attributes.public_ip for lease in peers}
+    reached = await echo(dict.fromkeys(addresses, 0), ECHO_SECONDS) if addresses else set()
+    whole = await echo(dict.fromkeys(reached, outer_mtu), ECHO_SECONDS) if reached else set()
+    low = dict.fromkeys(reached - whole, 68)
+    high = dict.fromkeys(low, outer_mtu)
+    while sizes := {x: (low[x] + high[x]) // 2 for x in low if high[x] - low[x] > 1}:
+        answered = await echo(sizes, ECHO_SECONDS)
+        for address, size in sizes.items():
+            (low if address in answered else high)[address] = size
+    findings = [
+        warning(
+            f"the way to {address} carries packets of {size} bytes at most, not {outer_mtu}",
+            f"raise the MTU on the way, or set Backend.MTU to {size} in etcd",
+        )
+        for address, size in sorted(low.items(), key=str)
+    ]
+    return reached, _few(findings)
+
+
+async def check_vteps(peers: Sequence[Lease], reached: set[IPAddress]) -> list[Finding]:
+    """Ask each peer for an echo over the overlay, at the address of its VTEP."""
+    bases: dict[IPAddress, Lease] = {lease.subnet.ipv4.network_address: lease for lease in peers}
+    answered = await echo(dict.fromkeys(bases, 84), ECHO_SECONDS) if bases else set()
+    findings = []
+    for base, lease in bases.items():
+        if base in answered:
+            continue
+        address = lease.attributes.public_ip
+        where = f"{base}, the VTEP of {lease.subnet.ipv4} at {address}, does not answer"
+        if address in reached:
+            findings.append(
+                failure(
+                    f"{where} over the overlay, though the host itself does",
+                    "look whether flannel runs there and whether UDP 8472 is open on the way",
+                )
+            )
+        else:
+            findings.append(
+                warning(
+                    f"{where}, nor does the host itself",
+                    f"look whether it is up; if it is gone, etcdctl del its key {lease.subnet}",
+                )
+            )
+    return _few(findings)
+
+
+def _few(findings: list[Finding]) -> list[Finding]:
+    """Return some findings of a kind, and how many more there are."""
+    if len(findings) <= NAMED:
+        return findings
+    worst = max(findings, key=lambda x: x.severity)
+    rest = replace(worst, sentence=f"{len(findings) - NAMED} more peers have the same trouble")
+    return [*findings[:NAMED], rest]

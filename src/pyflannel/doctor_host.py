@@ -1,0 +1,177 @@
+"""Checks of this host: device file, capabilities, port, leftovers, firewall, kernel settings.
+
+Each function looks at one thing and returns what is amiss, nothing where all is well. None changes
+anything, and none needs a daemon or etcd.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from pyflannel.dataplane.netlink import Link
+from pyflannel.dataplane.route import IPNetwork
+from pyflannel.dataplane.underlay import processes, udp_inodes
+from pyflannel.finding import Finding, failure, warning
+from pyflannel.traffic import bridge_warning
+
+TUN = Path("/dev/net/tun")
+SYSCTL = Path("/proc/sys/net")
+
+# linux/capability.h
+_CAPABILITIES = {"CAP_NET_ADMIN": 12, "CAP_NET_RAW": 13}
+
+
+def check_tun() -> Iterator[Finding]:
+    """The TUN clone device must be there and let itself be opened."""
+    try:
+        os.close(os.open(TUN, os.O_RDWR | os.O_CLOEXEC))
+    except FileNotFoundError:
+        yield failure(
+            f"{TUN} is missing, so there can be no TUN device",
+            "modprobe tun, or give the container --device /dev/net/tun",
+        )
+    except OSError as error:
+        yield failure(
+            f"{TUN} cannot be opened ({error.strerror})",
+            "modprobe tun and run as root; in a container allow the device 10:200",
+        )
+
+
+def check_capabilities() -> Iterator[Finding]:
+    """This process must be allowed what the daemon does."""
+    status = Path("/proc/self/status").read_text()
+    effective = int(re.search(r"^CapEff:\s*(\w+)", status, re.MULTILINE)[1], 16)  # type: ignore[index]  # every Linux has the line
+    for name, bit in _CAPABILITIES.items():
+        if not effective >> bit & 1:
+            yield failure(
+                f"this process lacks {name}",
+                f"run as root, or give the container --cap-add {name.removeprefix('CAP_')}",
+            )
+
+
+def check_port(port: int, daemon: int | None) -> Iterator[Finding]:
+    """Nobody but the running daemon, whose pid is given, may hold the UDP port."""
+    inodes = udp_inodes(port)
+    if not inodes or daemon is not None:
+        return
+    holders = processes(inodes)
+    yield failure(
+        f"UDP port {port} is held by {', '.join(holders) or 'a process that is not visible here'}",
+        f"stop it; `ss -uanp sport = :{port}` on the host shows it",
+    )
+
+
+def check_devices(links: Sequence[Link], vni: int, port: int) -> Iterator[Finding]:
+    """The kernel must have no vxlan device on our port, and nothing else of our device's name."""
+    name = f"flannel.{vni}"
+    for link in links:
+        if link.kind == "vxlan" and (link.name == name or (link.vxlan_port == port and link.up)):
+            yield failure(
+                f"{link.name} is a kernel vxlan device on UDP port {link.vxlan_port}, left by "
+                "flanneld or in use by it",
+                f"stop flanneld, then `ip link del {link.name}` or start with "
+                "--replace-kernel-device",
+            )
+        elif link.name == name and link.kind != "tun":
+            yield failure(
+                f"{name} exists and is a {link.kind or 'hardware'} device", f"ip link del {name}"
+            )
+
+
+def check_firewall_tools(*, nftables: bool) -> Iterator[Finding]:
+    """What writes the masquerade and forward rules must be installed."""
+    tool = "nft" if nftables else "iptables-restore"
+    if shutil.which(tool) is None:
+        other = "false" if nftables else "true"
+        yield warning(
+            f"{tool} is not installed, so masquerade and forward rules cannot be written",
+            f"install {'nftables' if nftables else 'iptables'}, or set EnableNFTables to {other}",
+        )
+
+
+def check_firewall_input(port: int) -> Iterator[Finding]:
+    """The host's firewall must let the VXLAN port in; told from what it says about this port."""
+    for tool in ("iptables-nft", "iptables-legacy"):
+        yield from _judge_input(_output(tool, "-S", "INPUT"), "-P INPUT DROP", port, tool)
+    for chain in re.findall(r"chain [^{]*\{[^}]*\}", _output("nft", "list", "ruleset")):
+        # Chains of iptables-nft were looked at above.
+        if re.search(r"hook input .*policy", chain) and "chain INPUT " not in chain:
+            yield from _judge_input(chain, "policy drop", port, "nft")
+
+
+def _judge_input(rules: str, closed: str, port: int, tool: str) -> Iterator[Finding]:
+    about = [x.strip() for x in rules.splitlines() if re.search(rf"\b{port}\b", x)]
+    refusing = [x for x in about if re.search(r"\b(DROP|REJECT|drop|reject)\b", x)]
+    remedy = f"accept UDP port {port} from the other nodes"
+    if refusing:
+        yield failure(f"{tool} closes UDP port {port}: {refusing[0]}", remedy)
+    elif closed in rules and not about:
+        yield warning(
+            f"{tool}: what comes in is dropped by default, and no rule names UDP port {port}",
+            remedy,
+        )
+
+
+def _output(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
+def check_forwarding(networks: Sequence[IPNetwork]) -> Iterator[Finding]:
+    """The host must forward packets of its containers."""
+    for network in networks:
+        name, key = (
+            ("ipv4/ip_forward", "net.ipv4.ip_forward")
+            if network.version == 4
+            else ("ipv6/conf/all/forwarding", "net.ipv6.conf.all.forwarding")
+        )
+        if _setting(name) == 0:
+            yield warning(
+                f"{key} is 0: this host does not forward packets to or from its containers",
+                f"sysctl -w {key}=1",
+            )
+
+
+def check_rp_filter(device: str, interface: str | None) -> Iterator[Finding]:
+    """Strict reverse path filtering drops what comes back by another way."""
+    for name in filter(None, (device, interface)):
+        if max(_setting("ipv4/conf/all/rp_filter"), _setting(f"ipv4/conf/{name}/rp_filter")) == 1:
+            yield warning(
+                f"rp_filter is 1 (strict) on {name}: packets whose way back is another interface "
+                "are dropped, as with DirectRouting or several uplinks",
+                f"sysctl -w net.ipv4.conf.all.rp_filter=2 net.ipv4.conf.{name}.rp_filter=2",
+            )
+
+
+def check_linkdown(device: str) -> Iterator[Finding]:
+    """While the daemon is away its routes must not be passed over for the default route."""
+    for name in ("all", device):
+        if _setting(f"ipv4/conf/{name}/ignore_routes_with_linkdown") == 1:
+            key = f"net.ipv4.conf.{name}.ignore_routes_with_linkdown"
+            yield warning(
+                f"{key} is 1: while the daemon is away, packets to other nodes' containers leave "
+                "unencapsulated by the default route",
+                f"sysctl -w {key}=0",
+            )
+
+
+def check_bridge(networks: Sequence[IPNetwork]) -> Iterator[Finding]:
+    """Rules must apply to packets that cross a bridge."""
+    if sentence := bridge_warning([(network, network) for network in networks]):
+        said, _, remedy = sentence.rpartition("; ")
+        yield warning(said, remedy)
+
+
+def _setting(name: str) -> int:
+    """Return a kernel setting, 0 where there is none."""
+    try:
+        return int((SYSCTL / name).read_text())
+    except (OSError, ValueError):
+        return 0

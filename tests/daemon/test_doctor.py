@@ -1,0 +1,349 @@
+"""`doctor` with each fault really there, and without it.
+
+     h1 (the patient) ---+
+     h2 (ours) ----------+-- switch, etcd
+c3 - h3 (kernel) --------+
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from ipaddress import IPv4Network
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.lab.hosts import (
+    ETCD_PORT,
+    PREFIX,
+    SWITCH_ADDRESS,
+    Host,
+    Lab,
+    has_kernel_vxlan,
+    lab,
+    wait_until,
+)
+from tests.lab.require import require_program, require_root
+
+ETCD = f"http://{SWITCH_ADDRESS}:{ETCD_PORT}"
+CONFIG = '{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}'
+KERNEL_SUBNET = IPv4Network("10.244.200.0/24")
+KERNEL_MAC = "0a:00:00:00:00:03"
+BRIDGE = Path("/proc/sys/net/bridge/bridge-nf-call-iptables")
+
+
+@pytest.fixture(scope="module")
+def made() -> Iterator[Lab]:
+    require_root()
+    for program in (
+        "ip",
+        "bridge",
+        "ethtool",
+        "etcd",
+        "etcdctl",
+        "iptables-nft",
+        "nft",
+        "unshare",
+        "faketime",
+    ):
+        require_program(program)
+    assert has_kernel_vxlan()
+    with lab(3) as made:
+        made.put_config(CONFIG)
+        made.start_daemon(made.hosts[1])
+        made.start_kernel_node(made.hosts[2], KERNEL_SUBNET, KERNEL_MAC)
+        made.program_kernel_node(made.hosts[2])
+        yield made
+
+
+@pytest.fixture
+def patient(made: Lab) -> Iterator[Host]:
+    """A host in good order without a daemon."""
+    made.put_config(CONFIG)
+    host = made.hosts[0]
+    yield host
+    for index in range(len(host.processes)):
+        host.stop(index)
+    host.processes.clear()
+    host.ip("link", "del", "flannel.1", check=False)
+    host.exec("nft", "flush", "ruleset")
+
+
+def _doctor(
+    host: Host,
+    *flags: str,
+    wrapper: tuple[str, ...] = (),
+    endpoints: str = ETCD,
+    iface: str = "eth0",
+) -> tuple[int, dict[str, list[dict[str, Any]]]]:
+    """Return exit code and the findings of each check that was made."""
+    done = subprocess.run(
+        [
+            *("ip", "netns", "exec", host.name, *wrapper, sys.executable, "-m", "pyflannel"),
+            *("doctor", "--json", "--iface", iface, "--etcd-endpoints", endpoints),
+            *("--control-dir", str(host.folder), "--state-dir", str(host.folder / "state")),
+            *flags,
+        ],
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert not done.stderr
+    report = json.loads(done.stdout)
+    found: dict[str, list[dict[str, Any]]] = {check: [] for check in report["checks"]}
+    for finding in report["findings"]:
+        # The machine that tests run on may have no br_netfilter, which this is not about.
+        if finding["check"] != "bridge":
+            found[finding["check"]].append(finding)
+    return done.returncode, found
+
+
+def _amiss(found: dict[str, list[dict[str, Any]]]) -> dict[str, list[str]]:
+    return {check: [x["sentence"] for x in those] for check, those in found.items() if those}
+
+
+@contextmanager
+def _setting(host: Host, key: str, value: int) -> Iterator[None]:
+    before = host.exec("sysctl", "-n", key).strip()
+    host.exec("sysctl", "-qw", f"{key}={value}")
+    try:
+        yield
+    finally:
+        host.exec("sysctl", "-qw", f"{key}={before}")
+
+
+def test_nothing_is_found_before_the_first_start(patient: Host) -> None:
+    code, found = _doctor(patient)
+    assert not _amiss(found)
+    assert code == (0 if BRIDGE.exists() else 1)
+    assert "vteps" not in found
+    for check in ("tun", "capabilities", "port", "devices", "etcd", "clock", "path-mtu"):
+        assert check in found
+
+
+def test_nothing_is_found_on_a_node_whose_peers_answer_over_the_overlay(
+    made: Lab, patient: Host
+) -> None:
+    made.start_daemon(patient)
+    made.program_kernel_node(made.hosts[2])
+    wait_until(lambda: str(KERNEL_SUBNET) in patient.ip("route"), "the kernel node is known")
+    _, found = _doctor(patient)
+    assert "vteps" in found
+    assert not _amiss(found)
+
+
+def test_a_peer_that_does_not_answer_over_the_overlay(made: Lab, patient: Host) -> None:
+    made.start_daemon(patient)
+    wait_until(lambda: str(KERNEL_SUBNET) in patient.ip("route"), "the kernel node is known")
+    kernel = made.hosts[2]
+    kernel.exec("iptables-nft", "-I", "INPUT", "-p", "udp", "--dport", "8472", "-j", "DROP")
+    gone = f"{PREFIX}/subnets/10.244.250.0-24"
+    value = made.leases()["10.244.200.0-24"] | {"PublicIP": "192.168.77.250"}
+    made.etcdctl("put", gone, json.dumps(value))
+    try:
+        wait_until(lambda: "10.244.250.0/24" in patient.ip("route"), "the lease is known")
+        code, found = _doctor(patient)
+    finally:
+        made.etcdctl("del", gone)
+        kernel.exec("iptables-nft", "-F", "INPUT")
+    assert code == 2
+    closed, dead = sorted(found["vteps"], key=lambda x: str(x["sentence"]))
+    assert closed["sentence"].startswith(
+        "10.244.200.0, the VTEP of 10.244.200.0/24 at 192.168.77.13"
+    )
+    assert "though the host itself does" in closed["sentence"]
+    assert closed["severity"] == "failure"
+    assert "10.244.250.0/24" in dead["sentence"]
+    assert "nor does the host itself" in dead["sentence"]
+    assert dead["severity"] == "warning"
+
+
+def test_no_tun(patient: Host) -> None:
+    hide = ("unshare", "-m", "sh", "-c", 'mount -t tmpfs none /dev/net && exec "$@"', "sh")
+    code, found = _doctor(patient, wrapper=hide)
+    assert code == 2
+    assert list(_amiss(found)) == ["tun"]
+    assert "modprobe tun" in found["tun"][0]["remedy"]
+
+
+def test_no_capability(patient: Host) -> None:
+    wrapper = ("setpriv", "--bounding-set=-net_admin", "--inh-caps=-net_admin")
+    code, found = _doctor(patient, wrapper=wrapper)
+    assert code == 2
+    assert _amiss(found)["capabilities"] == ["this process lacks CAP_NET_ADMIN"]
+
+
+def test_port_is_taken(patient: Host) -> None:
+    program = "import socket,time;s=socket.socket(2,2);s.bind(('',8472));time.sleep(60)"
+    holder = patient.start("python3", "-c", program, log=patient.folder / "holder.log")
+    wait_until(lambda: ":8472" in patient.exec("ss", "-lun"), "the port is taken")
+    code, found = _doctor(patient)
+    assert code == 2
+    assert str(patient.processes[holder].pid) in _amiss(found)["port"][0]
+
+
+def test_leftover_kernel_device(patient: Host) -> None:
+    # fmt: off
+    patient.ip("link", "add", "flannel.1", "type", "vxlan", "id", "1", "dev", "eth0",
+               "dstport", "8472", "nolearning")
+    # fmt: on
+    code, found = _doctor(patient)
+    assert code == 2
+    assert "flannel.1 is a kernel vxlan device on UDP port 8472" in _amiss(found)["devices"][0]
+    patient.ip("link", "del", "flannel.1")
+    patient.ip("link", "add", "flannel.1", "type", "bridge")
+    _, found = _doctor(patient)
+    assert "is a bridge device" in _amiss(found)["devices"][0]
+
+
+@pytest.mark.parametrize(
+    ("rules", "said"),
+    [
+        (["iptables-nft -A INPUT -p udp --dport 8472 -j REJECT"], "iptables-nft closes UDP port"),
+        (["nft add table inet t",
+          "nft add chain inet t in { type filter hook input priority 0 ; policy drop ; }"],
+         "nft: what comes in is dropped by default"),
+        (["nft add table inet t",
+          "nft add chain inet t in { type filter hook input priority 0 ; policy drop ; }",
+          "nft add rule inet t in udp dport 8472 accept",
+          "nft add rule inet t in tcp sport 2379 accept",
+          "nft add rule inet t in icmp type { echo-request, echo-reply } accept"], None),
+    ],
+)  # fmt: skip
+def test_firewall(patient: Host, rules: list[str], said: str | None) -> None:
+    for rule in rules:
+        patient.exec(*rule.split(" "))
+    _, found = _doctor(patient)
+    if said is None:
+        assert not _amiss(found)
+    else:
+        (sentence,) = _amiss(found)["firewall"]
+        assert said in sentence
+
+
+def test_missing_firewall_tool(patient: Host, tmp_path: Path) -> None:
+    wrapper = ("env", f"PATH={tmp_path}")
+    _, found = _doctor(patient, wrapper=wrapper)
+    assert "iptables-restore is not installed" in _amiss(found)["firewall"][0]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "check"),
+    [
+        ("net.ipv4.ip_forward", 0, "forwarding"),
+        ("net.ipv4.conf.eth0.rp_filter", 1, "rp_filter"),
+        ("net.ipv4.conf.all.ignore_routes_with_linkdown", 1, "linkdown"),
+    ],
+)
+def test_kernel_settings(patient: Host, key: str, value: int, check: str) -> None:
+    with _setting(patient, key, value):
+        code, found = _doctor(patient)
+    assert code == 1
+    assert list(_amiss(found)) == [check]
+    assert "sysctl -w" in found[check][0]["remedy"]
+
+
+def test_no_etcd(patient: Host) -> None:
+    code, found = _doctor(patient, endpoints="http://192.168.77.1:1")
+    assert code == 2
+    assert list(_amiss(found)) == ["etcd"]
+    assert "http://192.168.77.1:1" in found["etcd"][0]["sentence"]
+
+
+def test_one_endpoint_of_two_is_down(patient: Host) -> None:
+    code, found = _doctor(patient, endpoints=f"http://192.168.77.1:1,{ETCD}")
+    assert code == 1
+    assert list(_amiss(found)) == ["etcd"]
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [(None, "has no key"), ('{"Network":"10.244.0.0/16","Backend":{"Type":"udp"}}', '"udp"')],
+)
+def test_configuration(made: Lab, patient: Host, config: str | None, said: str) -> None:
+    if config is None:
+        made.etcdctl("del", f"{PREFIX}/config")
+    else:
+        made.put_config(config)
+    code, found = _doctor(patient)
+    assert code == 2
+    assert said in _amiss(found)["configuration"][0]
+
+
+def test_clock(patient: Host) -> None:
+    code, found = _doctor(patient, wrapper=("faketime", "-f", "-60s"))
+    assert code == 1
+    assert list(_amiss(found)) == ["clock"]
+    (sentence,) = _amiss(found)["clock"]
+    assert re.fullmatch(rf"this host's clock is (59|60|61) s behind that of {ETCD}", sentence)
+
+
+def test_interface(patient: Host) -> None:
+    code, found = _doctor(patient, iface="nope0")
+    assert code == 2
+    assert list(_amiss(found)) == ["interface"]
+    assert "there is no interface nope0" in _amiss(found)["interface"][0]
+
+
+def test_two_hosts_with_one_public_ip(made: Lab, patient: Host) -> None:
+    leases = made.leases()
+    twin = f"{PREFIX}/subnets/10.244.251.0-24"
+    made.etcdctl("put", twin, json.dumps(leases["10.244.200.0-24"]))
+    made.etcdctl("put", f"{PREFIX}/subnets/nonsense", "x")
+    state = patient.folder / "state" / "flannel.1.json"
+    state.parent.mkdir(exist_ok=True)
+    machine_id = Path("/etc/machine-id").read_text().strip()
+    state.write_text(json.dumps({"machine_id": machine_id, "vtep_mac": "0a:00:00:00:00:09"}))
+    try:
+        code, found = _doctor(patient, "--public-ip", str(made.hosts[2].address))
+    finally:
+        made.etcdctl("del", twin)
+        made.etcdctl("del", f"{PREFIX}/subnets/nonsense")
+        state.unlink()
+    assert code == 2
+    twins, nonsense = _amiss(found)["leases"]
+    assert "10.244.200.0/24, 10.244.251.0/24 have one public IP, 192.168.77.13" in twins
+    assert "nonsense in etcd is not a lease" in nonsense
+    assert "another host uses our address" in _amiss(found)["public-ip"][0]
+
+
+def test_a_smaller_mtu_on_the_way_is_measured(made: Lab, patient: Host) -> None:
+    other = made.hosts[1]
+    made.switch.ip("link", "set", "br0", "mtu", "1500")
+    other.ip("link", "set", "eth0", "mtu", "1400")
+    made.switch.ip("link", "set", other.name.rsplit("-", 1)[1], "mtu", "1400")
+    try:
+        code, found = _doctor(patient)
+    finally:
+        other.ip("link", "set", "eth0", "mtu", "1500")
+        made.switch.ip("link", "set", other.name.rsplit("-", 1)[1], "mtu", "1500")
+        made.switch.ip("link", "set", "br0", "mtu", "1500")
+    assert code == 1
+    (sentence,) = _amiss(found)["path-mtu"]
+    assert f"the way to {other.address} carries packets of 1400 bytes at most, not 1500" == sentence
+
+
+def test_for_people(patient: Host) -> None:
+    with _setting(patient, "net.ipv4.ip_forward", 0):
+        done = subprocess.run(
+            [
+                *("ip", "netns", "exec", patient.name, sys.executable, "-m", "pyflannel"),
+                *("doctor", "--etcd-endpoints", ETCD, "--iface", "eth0"),
+                *("--control-dir", str(patient.folder)),
+            ],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+    assert done.returncode == 1
+    *findings, last = done.stdout.splitlines()
+    assert any(
+        x.startswith("WARNING: net.ipv4.ip_forward is 0") and "; sysctl -w" in x for x in findings
+    )
+    assert "checks" in last
