@@ -693,3 +693,26 @@ void encap_close(struct encap_side *side)
 	if (side->arena)
 		munmap(side->arena, ARENA_BYTES);
 }
+
+/**
+ * encap_drain() - Send what is held for sockets that were full
+ * @side:       Side that no thread is in
+ * @timeout_ms: How long to wait for room each time; what is held then is lost
+ */
+void encap_drain(struct encap_side *side, int timeout_ms)
+{
+	while (side->blocked) {
+		struct epoll_event event[SEND_SOCKETS_MAX];
+		int ready = epoll_wait(side->epoll_fd, event, SEND_SOCKETS_MAX, timeout_ms);
+
+		if (ready <= 0)
+			return;
+		for (int i = 0; i < ready; i++) {
+			if (event[i].data.u64 < ENCAP_KEY_SOCKET ||
+			    event[i].data.u64 >= ENCAP_KEY_STOP)
+				return;
+			flush_socket(side, (unsigned int)(event[i].data.u64 - ENCAP_KEY_SOCKET));
+		}
+	}
+	flush(side);
+}

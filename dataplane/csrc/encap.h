@@ -83,5 +83,6 @@ struct encap_side {
 int encap_open(struct encap_side *side, struct fp_ctx *ctx, const struct fp_io *io);
 void encap_close(struct encap_side *side);
 int encap_turn(struct encap_side *side, unsigned int batches);
+void encap_drain(struct encap_side *side, int timeout_ms);
 
 #endif

@@ -36,6 +36,8 @@
 #define LULL_PACKETS 256
 #define LULL_MS 20
 #define BEAT_MS 1000 /* a thread turns at least so often, to show that it can */
+/* A full send buffer empties at the speed of the network card. */
+#define DRAIN_MS 100
 
 /* Keys of the epoll set over both sides. */
 enum { KEY_ENCAP, KEY_DECAP, KEY_STOP };
@@ -121,13 +123,17 @@ static void close_fd(int fd)
 		close(fd);
 }
 
-/** fp_worker_free() - Free a worker without threads, in no turn; its counters stay with the context
+/**
+ * fp_worker_free() - Send what a worker holds and free it; its counters stay with the context
+ * @worker: Worker without threads, in no turn
  */
 void fp_worker_free(struct fp_worker *worker)
 {
 	struct fp_ctx *ctx = worker->ctx;
 
 	assert(worker->threads == 0);
+	if (worker->encap.blocked)
+		encap_drain(&worker->encap, DRAIN_MS);
 	pthread_mutex_lock(&ctx->lock);
 	for (struct fp_worker **link = &ctx->workers; *link; link = &(*link)->next) {
 		if (*link == worker) {
