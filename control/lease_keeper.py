@@ -124,6 +124,28 @@ class LeaseKeeper:
         """Get a lease, however long it takes; SubnetsExhausted when none is free."""
         return self._hold(await self._writer.acquire())
 
+    def to_hand_over(self) -> tuple[KeyValue, float | None]:
+        """Return our key as we know it, and when its etcd lease ends, for a successor."""
+        lease = self._lease
+        assert lease is not None
+        key = lease_key(self._prefix, lease.subnet).encode()
+        value = lease.attributes.to_json()
+        kv = KeyValue(key, value, lease.create_revision, lease.mod_revision, 1, lease.etcd_lease)
+        return kv, self._expires_at
+
+    def take_over(self, lease: Lease, expires_at: float | None) -> Lease:
+        """Go on with the lease of the process before us; what it tells may have changed since."""
+        self._hold(lease)
+        self._expires_at = expires_at
+        self._writer.granted.append(lease.etcd_lease)
+        if lease.attributes.to_json() != self._writer.value:
+            self._moved.set()
+        return lease
+
+    def let_go(self) -> None:
+        """Leave the lease to a successor: it is not ours to judge or give back any more."""
+        self._state = LeaseState.RELEASED
+
     async def release(self) -> None:
         """Give our lease back, so that others may have the subnet; a reservation is kept."""
         lease = self._lease
@@ -281,6 +303,8 @@ class LeaseKeeper:
                 self._last_foreign = kv.mod_revision
                 self._foreign_puts += 1
             before = self._state
+            if before is LeaseState.RELEASED:
+                return
             self._state, action = TRANSITIONS[before, sighting]
             if action is Action.NOTHING:
                 return

@@ -23,8 +23,8 @@ What our key shows (Sighting)
  TAKEN      LOST     acquire    LOST     acquire    LOST     acquire    LOST     acquire
  GONE       LOST     create     LOST     create     LOST     create     LOST     create
 
-SEEKING is the time before the first lease, RELEASED that after it was given back; no key is read
-in either.
+SEEKING is the time before the first lease, RELEASED that after it was given back or left to a
+successor; no key is judged in either.
 """
 
 from __future__ import annotations

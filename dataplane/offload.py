@@ -26,6 +26,7 @@ class Offload(Flag):
 
 
 NO_OFFLOAD = Offload(0)
+TUN_OFFLOADS = Offload.TSO | Offload.USO
 EVERY_OFFLOAD = Offload.TSO | Offload.USO | Offload.GSO | Offload.GRO
 
 

@@ -11,6 +11,8 @@ import fcntl
 import os
 import socket
 import struct
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from pytun_pmd3 import TunTapDevice
 
@@ -53,9 +55,15 @@ _DRVINFO_BYTES = 196
 
 
 class _Device(TunTapDevice):  # type: ignore[misc]  # the base class is untyped
-    """pytun-pmd3's device, without its second close() of the descriptor after a failed open."""
+    """pytun-pmd3's device, without its second close() of the descriptor after a failed open.
 
-    def __init__(self, name: str) -> None:
+    With `fd` it is one that was opened before.
+    """
+
+    def __init__(self, name: str, fd: int | None = None) -> None:
+        if fd is not None:
+            self._fd, self._name = fd, name
+            return
         try:
             super().__init__(name, _FLAGS)
         except OSError:
@@ -66,22 +74,30 @@ class _Device(TunTapDevice):  # type: ignore[misc]  # the base class is untyped
 class Tun:
     """Queues of a persistent TUN device, non-blocking.
 
-    `created` tells whether the device was made by `open`. The device outlives `close()`, and with
-    it its addresses and routes. Packets carry VNET_HEADER_BYTES of virtio-net header and no packet
-    information. `offload` is what of Offload.TSO and Offload.USO the kernel agreed to.
+    `created` tells whether the device was made by `open`, `is_adopted` whether the queues are
+    another process's. The device outlives `close()`, and with it its addresses and routes. Packets
+    carry VNET_HEADER_BYTES of virtio-net header and no packet information. `offload` is what of
+    Offload.TSO and Offload.USO the kernel agreed to.
 
     With several queues the kernel spreads flows over them by their hash. Packets are then written
     to one more, detached queue: on an attached one the kernel would learn where a flow's packets
     are written and move the flow to that queue, out of order.
     """
 
-    __slots__ = ("_devices", "created", "name", "offload", "read_fds", "write_fd")
+    __slots__ = ("_devices", "created", "is_adopted", "name", "offload", "read_fds", "write_fd")
 
     def __init__(
-        self, name: str, devices: list[_Device], offload: Offload, *, created: bool
+        self,
+        name: str,
+        devices: list[_Device],
+        offload: Offload,
+        *,
+        created: bool = False,
+        is_adopted: bool = False,
     ) -> None:
         self.name = name
         self.created = created
+        self.is_adopted = is_adopted
         self.offload = offload
         fds: list[int] = [device.fileno() for device in devices]
         self.read_fds = tuple(fds[:1] if len(fds) == 1 else fds[:-1])
@@ -102,21 +118,33 @@ class Tun:
             )
         existed = _exists(name)
         devices: list[_Device] = []
-        try:
+        with _closed_on_failure(name, devices):
             for _ in range(queues if queues == 1 else queues + 1):
-                devices.append(_open_queue(name))
-            if queues > 1:
-                detach = struct.pack("16sH14x", name.encode(), _IFF_DETACH_QUEUE)
-                fcntl.ioctl(devices[-1].fileno(), _TUNSETQUEUE, detach)
-            agreed = _set_offload(devices[0].fileno(), offload)
-            devices[0].persist(True)
-        except OSError as error:
-            _close(devices)
-            raise _refusal(name, error) from error
-        except BaseException:
-            _close(devices)
-            raise
+                devices.append(_Device(name))
+            agreed = _set_up(devices, offload)
         return cls(name, devices, agreed, created=not existed)
+
+    @classmethod
+    def adopt(
+        cls, name: str, fds: Sequence[int], offload: Offload | None, *, in_use: bool = False
+    ) -> Tun:
+        """Go on with queues that another process opened; what is queued in them stays.
+
+        `fds` are at least one, the detached one last; they are ours from now on, and there are as
+        many queues as that process had. With `in_use` it still moves packets, so nothing is set:
+        `offload` is what it uses. Raises as `open` does.
+        """
+        devices = [_Device(name, fd) for fd in fds]
+        if in_use and offload is not None:
+            return cls(name, devices, offload, is_adopted=True)
+        with _closed_on_failure(name, devices):
+            agreed = _set_up(devices, offload)
+        return cls(name, devices, agreed, is_adopted=True)
+
+    @property
+    def fds(self) -> tuple[int, ...]:
+        """All queues, as `adopt` takes them."""
+        return tuple(device.fileno() for device in self._devices)
 
     def close(self) -> None:
         """Close the queues and leave the device, its addresses and routes; idempotent."""
@@ -130,15 +158,35 @@ class Tun:
             self.close()
 
 
-def _open_queue(name: str) -> _Device:
-    device = _Device(name)
+@contextmanager
+def _closed_on_failure(name: str, devices: list[_Device]) -> Iterator[None]:
+    """Close the queues when the host says no, and say so in words."""
     try:
+        yield
+    except OSError as error:
+        _close(devices)
+        raise _refusal(name, error) from error
+    except BaseException:
+        _close(devices)
+        raise
+
+
+def _set_up(devices: list[_Device], offload: Offload | None) -> Offload:
+    """Make descriptors the queues of one TUN, those to read from first; return the offloads."""
+    for device in devices:
         fcntl.ioctl(device.fileno(), _TUNSETVNETHDRSZ, struct.pack("i", VNET_HEADER_BYTES))
         os.set_blocking(device.fileno(), False)
-    except BaseException:
-        device.close()
-        raise
-    return device
+    if len(devices) > 1:
+        detach = struct.pack("16sH14x", b"", _IFF_DETACH_QUEUE)
+        try:
+            fcntl.ioctl(devices[-1].fileno(), _TUNSETQUEUE, detach)
+        except OSError as error:
+            # It is detached already.
+            if error.errno != errno.EINVAL:
+                raise
+    agreed = _set_offload(devices[0].fileno(), offload)
+    devices[0].persist(True)
+    return agreed
 
 
 def _close(devices: list[_Device]) -> None:

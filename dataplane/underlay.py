@@ -10,11 +10,13 @@ import errno
 import os
 import socket
 import struct
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
 from ipaddress import IPv4Address
 from pathlib import Path
 
+from pyflannel.dataplane.inheritance import Inheritance
 from pyflannel.dataplane.offload import NO_OFFLOAD, Offload
 from pyflannel.dataplane.refusal import Refusal
 
@@ -41,14 +43,24 @@ _PROC_NET = Path("/proc/thread-self/net")
 class Underlay:
     """One receive socket on the VXLAN port, several send sockets, and the instance lock.
 
-    All descriptors are IPv4, non-blocking, and owned by this object.
+    `is_adopted` tells whether the receive socket was inherited. All descriptors are IPv4,
+    non-blocking, and owned by this object.
     """
 
-    __slots__ = ("_closing", "_senders", "offload", "receive_fd")
+    __slots__ = ("_closing", "_senders", "is_adopted", "lock_fd", "offload", "receive_fd")
 
     def __init__(
-        self, receive_fd: int, senders: _Senders, offload: Offload, closing: ExitStack
+        self,
+        lock_fd: int,
+        receive_fd: int,
+        senders: _Senders,
+        offload: Offload,
+        closing: ExitStack,
+        *,
+        is_adopted: bool,
     ) -> None:
+        self.is_adopted = is_adopted
+        self.lock_fd = lock_fd
         self.receive_fd = receive_fd
         self.offload = offload
         self._senders = senders
@@ -64,8 +76,11 @@ class Underlay:
         *,
         vxlan_devices: Collection[str] = (),
         offload: Offload | None = NO_OFFLOAD,
+        inherited: Inheritance | None = None,
     ) -> Underlay:
         """Bind `port` on every address, and `send_sockets` sockets on `address` of the interface.
+
+        What is in `inherited` is used instead of binding anew, so nothing queued in it is lost.
 
         `vxlan_devices` names the kernel vxlan devices that are up on `port`; they are named in
         the refusal when the port is taken. `offload` None uses Offload.GSO and Offload.GRO where
@@ -73,12 +88,24 @@ class Underlay:
         for, and then leaves nothing open.
         """
         with ExitStack() as opened:
-            opened.enter_context(_instance_lock(port))
-            receive = opened.enter_context(_receive_socket(port, vxlan_devices))
-            senders = opened.enter_context(_Senders(interface_name, address, send_sockets))
+            old = _take(inherited or Inheritance(), port, address)
+            lock = opened.enter_context(old.lock or _instance_lock(port))
+            receive = opened.enter_context(old.receive or _receive_socket(port, vxlan_devices))
+            senders = opened.enter_context(
+                _Senders(old.senders)
+                if old.senders
+                else _Senders.open(interface_name, address, send_sockets)
+            )
             agreed = _agree(offload, Offload.GSO, senders.sockets[0], _UDP_SEGMENT, 0)
             agreed |= _agree(offload, Offload.GRO, receive, _UDP_GRO, 1)
-            return cls(receive.fileno(), senders, agreed, opened.pop_all())
+            return cls(
+                lock.fileno(),
+                receive.fileno(),
+                senders,
+                agreed,
+                opened.pop_all(),
+                is_adopted=old.receive is not None,
+            )
 
     @property
     def send_fds(self) -> tuple[int, ...]:
@@ -91,7 +118,7 @@ class Underlay:
         Refusal when that cannot be, and then everything stays.
         """
         old = self._senders
-        self._senders = _Senders(interface_name, address, len(old.sockets))
+        self._senders = _Senders.open(interface_name, address, len(old.sockets))
         self._closing.enter_context(self._senders)
         return old
 
@@ -103,23 +130,50 @@ class Underlay:
 class _Senders:
     """The sockets to send from; closed when it is left as a context."""
 
-    def __init__(self, interface_name: str, address: IPv4Address, count: int) -> None:
+    def __init__(self, sockets: Sequence[socket.socket]) -> None:
+        self.sockets = sockets
+
+    @classmethod
+    def open(cls, interface_name: str, address: IPv4Address, count: int) -> _Senders:
         with ExitStack() as opened:
-            self.sockets = [
+            sockets = [
                 opened.enter_context(_send_socket(interface_name, address)) for _ in range(count)
             ]
-            self._closing = opened.pop_all()
+            opened.pop_all()
+            return cls(sockets)
 
     def __enter__(self) -> _Senders:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._closing.close()
+        for one in self.sockets:
+            one.close()
+
+
+@dataclass(frozen=True, slots=True)
+class _Taken:
+    lock: socket.socket | None
+    receive: socket.socket | None
+    senders: Sequence[socket.socket]
+
+
+def _take(inherited: Inheritance, port: int, address: IPv4Address) -> _Taken:
+    """Take what is there of the sockets for this port and address."""
+    name = b"\0" + _lock_name(port).encode()
+    family = socket.AF_INET if address.version == 4 else socket.AF_INET6
+    locks = inherited.take_sockets(socket.AF_UNIX, socket.SOCK_STREAM, lambda own: own == name)
+    receive = inherited.take_sockets(family, socket.SOCK_DGRAM, lambda own: own[1] == port)
+    senders = inherited.take_sockets(family, socket.SOCK_DGRAM, lambda own: own[0] == str(address))
+    return _Taken(next(iter(locks), None), next(iter(receive), None), senders)
+
+
+def _lock_name(port: int) -> str:
+    return f"pyflannel-udp/{port}"
 
 
 def _instance_lock(port: int) -> socket.socket:
     """Hold `@pyflannel-udp/<port>`, an abstract name and so one per network namespace."""
-    name = f"pyflannel-udp/{port}"
+    name = _lock_name(port)
     lock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         lock.bind(f"\0{name}")

@@ -33,6 +33,7 @@ COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {
     "doctor": _doctor,
     "leases": show.leases_main,
     "peers": show.peers_main,
+    "reload": show.reload_main,
     "status": show.status_main,
     "trace": show.trace_main,
 }

@@ -57,19 +57,24 @@ class ControlServer:
         self._listener: socket.socket | None = None
         self._inode = 0
 
-    async def start(self) -> None:
-        """Listen, in place of a socket that nobody serves any more; Refusal if that cannot be."""
-        self._listener = _listen(self._path)
+    async def start(self, *, replace: bool = False) -> None:
+        """Listen, in place of a socket that nobody serves any more; Refusal if that cannot be.
+
+        With `replace` also in place of one that is served, whose process has handed over to us.
+        """
+        self._listener = _listen(self._path, replace=replace)
         self._inode = self._path.stat().st_ino
         self._spawn(self._accept(self._listener))
 
-    async def close(self) -> None:
-        """End all connections and remove the socket."""
+    async def close(self, *, keep: bool = False) -> None:
+        """End all connections and remove the socket, unless it is a successor's now (`keep`)."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._listener is not None:
             self._listener.close()
+            if keep:
+                return
             with contextlib.suppress(OSError):
                 if self._path.stat().st_ino == self._inode:
                     self._path.unlink()
@@ -155,15 +160,18 @@ def _stranger(connection: socket.socket) -> str | None:
     return f"user {user} may not ask; run the command as root or as user {os.geteuid()}"
 
 
-def _listen(path: Path) -> socket.socket:
+def _listen(path: Path, *, replace: bool) -> socket.socket:
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_stale(path)
+        bound = path.with_name(f".{path.name}.{os.getpid()}") if replace else path
+        _remove_stale(bound)
         # bind() gives the file this mode at once; a umask would be that of all threads.
         os.fchmod(listener.fileno(), 0o600)
-        listener.bind(str(path))
+        listener.bind(str(bound))
         listener.listen(CONNECTIONS_MAX)
+        if replace:
+            bound.replace(path)
     except OSError as error:
         listener.close()
         # A path of more than 107 bytes has no errno.

@@ -39,19 +39,21 @@ from pyflannel.control.subnet_file import (
 )
 from pyflannel.control.vtep_identity import load_vtep_mac, pick_vtep_mac, save_vtep_mac
 from pyflannel.control_socket import ControlServer, socket_path
+from pyflannel.dataplane.inheritance import Inheritance
 from pyflannel.dataplane.netlink import Netlink
 from pyflannel.dataplane.refusal import Refusal
-from pyflannel.dataplane.route import IPAddress, MacAddress, Vni
+from pyflannel.dataplane.route import IPAddress, MacAddress
 from pyflannel.etcd_access import etcd_client
 from pyflannel.health import HealthServer
 from pyflannel.host_watch import HostWatch
 from pyflannel.node import Node
-from pyflannel.notify import notify
+from pyflannel.notify import notify, take_kept_descriptors
 from pyflannel.options import Options, unserved_flags
 from pyflannel.overlay import Overlay, choose_underlay, remove_kernel_device
 from pyflannel.pulse import watch_pulse
 from pyflannel.reload import follow_config, reload_when_told
 from pyflannel.suspects import report_suspects
+from pyflannel.takeover import Handover, Predecessor
 from pyflannel.traffic import Traffic
 
 log = logging.getLogger(__name__)
@@ -114,17 +116,27 @@ class Daemon:
         self._stack = stack
         self._node = Node(options)
         self._readiness = self._node.readiness
+        self.handover = Handover(self._node)
 
     async def start_and_run(self) -> None:
         """Bring the node up and keep it up; returns never, raises Refusal."""
         options, stack = self._options, self._stack
         for sentence in unserved_flags(options):
             log.warning("%s", sentence)
-        await self._serve_health()
+        if not options.takeover:
+            await self._serve_health(Inheritance())
         node = self._node
         etcd = node.etcd = etcd_client(options)
         stack.push_async_callback(etcd.close)
         config = node.config = await self._read_config(etcd)
+        path = socket_path(options.control_dir, config.backend.vni)
+        predecessor = Predecessor.find(path) if options.takeover else None
+        if predecessor is None:
+            inherited, in_use = Inheritance(take_kept_descriptors(os.environ)), None
+        else:
+            stack.callback(predecessor.close)
+            inherited, in_use = predecessor.inherited, predecessor.handed.offload
+        stack.callback(inherited.close)
         netlink = node.netlink = await stack.enter_async_context(Netlink())
         underlying = await choose_underlay(options, netlink, config)
         device = f"flannel.{config.backend.vni}"
@@ -132,13 +144,20 @@ class Daemon:
             device, netlink, replace=options.replace_kernel_device
         )
         overlay = await Overlay.open(
-            options, netlink, config, underlying, stack.enter_context(contextlib.ExitStack())
+            options,
+            netlink,
+            config,
+            underlying,
+            stack.enter_context(contextlib.ExitStack()),
+            inherited,
+            in_use,
         )
         mac = await self._own_mac(etcd, device, underlying.public_ip, kernel_mac)
         overlay.identify(mac)
         node.overlays.append(overlay)
         stack.callback(node.overlays.clear)
-        await self._serve_control(config.backend.vni)
+        if predecessor is None:
+            await self._serve_control(path)
         keeper = node.keeper = LeaseKeeper(
             etcd,
             options.etcd_prefix,
@@ -150,7 +169,11 @@ class Daemon:
         )
         if options.release_lease_on_exit:
             stack.push_async_callback(keeper.release)
-        lease = await keeper.acquire()
+        if predecessor is None:
+            lease = await keeper.acquire()
+        else:
+            lease = predecessor.lease(options.etcd_prefix, config)
+            keeper.take_over(lease, predecessor.handed.expires_at)
         network = config.ipv4.network
         table = node.table = LeaseTable([Place(network, underlying.public_ip)], config.backend.port)
         table.set_own_subnet(lease.subnet)
@@ -173,6 +196,8 @@ class Daemon:
             on_moved=move,
             on_resized=lambda: self._write_subnet_file(config, overlay),
         )
+        if predecessor is not None:
+            predecessor.stop()
         overlay.forward(watch.device_lost)
         traffic = Traffic(
             options,
@@ -184,6 +209,12 @@ class Daemon:
         await traffic.start([(network, lease.subnet.ipv4)])
         self._write_subnet_file(config, overlay)
         overlay.keep_device()
+        if predecessor is not None:
+            predecessor.finish()
+            await self._serve_control(path)
+            await self._serve_health(inherited)
+        inherited.close()
+        overlay.keep_queues()
         self._readiness.clear("starting")
         notify("READY=1")
         log.info("Running backend.")
@@ -207,22 +238,26 @@ class Daemon:
             ),
         )
 
-    async def _serve_health(self) -> None:
+    async def _serve_health(self, inherited: Inheritance) -> None:
         options = self._options
         ports = {options.healthz_port, options.metrics_port} - {0}
         for port in sorted(ports):
             server = HealthServer(
                 self._readiness, str(options.healthz_ip), port, lambda: metrics.page(self._node)
             )
-            await server.start()
+            await server.start(inherited)
             self._stack.push_async_callback(server.close)
+            self.handover.listeners.append(server.fd)
 
-    async def _serve_control(self, vni: Vni) -> None:
-        server = ControlServer(
-            socket_path(self._options.control_dir, vni), status.requests(self._node)
-        )
-        await server.start()
-        self._stack.push_async_callback(server.close)
+    async def _serve_control(self, path: Path) -> None:
+        requests = {**status.requests(self._node), **self.handover.requests}
+        server = ControlServer(path, requests)
+        await server.start(replace=self._options.takeover)
+
+        async def close() -> None:
+            await server.close(keep=self.handover.done.is_set())
+
+        self._stack.push_async_callback(close)
 
     async def _read_config(self, etcd: Etcd) -> NetworkConfig:
         key = config_key(self._options.etcd_prefix)
@@ -305,14 +340,17 @@ async def run(options: Options, read_options: Callable[[], Options]) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     async with contextlib.AsyncExitStack() as stack:
-        daemon = asyncio.ensure_future(Daemon(options, read_options, hangup, stack).start_and_run())
-        stopped = asyncio.ensure_future(stop.wait())
-        await asyncio.wait([daemon, stopped], return_when=asyncio.FIRST_COMPLETED)
-        stopped.cancel()
-        if daemon.done():
-            daemon.result()
-        notify("STOPPING=1")
-        daemon.cancel()
-        await asyncio.gather(daemon, return_exceptions=True)
+        daemon = Daemon(options, read_options, hangup, stack)
+        running = asyncio.ensure_future(daemon.start_and_run())
+        ends = [asyncio.ensure_future(x.wait()) for x in (stop, daemon.handover.done)]
+        await asyncio.wait([running, *ends], return_when=asyncio.FIRST_COMPLETED)
+        for end in ends:
+            end.cancel()
+        if running.done():
+            running.result()
+        if not daemon.handover.done.is_set():
+            notify("STOPPING=1")
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
         log.info("Exiting cleanly...")
     return 0

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 from collections.abc import Awaitable, Callable, Mapping
 
+from pyflannel.dataplane.inheritance import Inheritance
 from pyflannel.dataplane.refusal import Refusal
 
 log = logging.getLogger(__name__)
@@ -68,9 +70,24 @@ class HealthServer:
         port: int = self._server.sockets[0].getsockname()[1]
         return port
 
-    async def start(self) -> None:
-        """Listen; Refusal if the port cannot be had."""
+    @property
+    def fd(self) -> int:
+        """The listening socket."""
+        assert self._server is not None
+        return self._server.sockets[0].fileno()
+
+    async def start(self, inherited: Inheritance) -> None:
+        """Listen, on the socket that is inherited if there is one; Refusal if there is no port."""
+        family = socket.AF_INET6 if ":" in self._address else socket.AF_INET
+        sockets = inherited.take_sockets(
+            family, socket.SOCK_STREAM, lambda own: own[:2] == (self._address, self._port)
+        )
         try:
+            if sockets:
+                self._server = await asyncio.start_server(
+                    self._serve, sock=sockets[0], limit=REQUEST_BYTES
+                )
+                return
             self._server = await asyncio.start_server(
                 self._serve, self._address, self._port, limit=REQUEST_BYTES
             )

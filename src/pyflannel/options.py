@@ -164,6 +164,13 @@ FLAGS: tuple[Flag, ...] = (
         "where the socket for status and reload is, pyflannel-<VNI>.sock",
         _NODE,
     ),
+    Flag(
+        "takeover",
+        _boolean,
+        "false",
+        "take over from the running daemon without losing a packet, for an upgrade",
+        _NODE,
+    ),
     Flag("replace-kernel-device", _boolean, "false", "delete a kernel device flannel.<VNI>", _NODE),
     Flag(
         "anti-spoofing",
@@ -275,6 +282,7 @@ class Options:
     options_file: Path | None
     state_dir: Path
     control_dir: Path
+    takeover: bool
     replace_kernel_device: bool
     anti_spoofing: str
     peer_source: tuple[tuple[IPv4Network, IPv4Network], ...]

@@ -19,10 +19,11 @@ from pyflannel.control.network_config import NetworkConfig
 from pyflannel.dataplane.fastpath import AntiSpoofing, Context, FastpathConfig, Schedule, WorkerIo
 from pyflannel.dataplane.forwarder import Forwarder, Workers
 from pyflannel.dataplane.host_change import InUse
+from pyflannel.dataplane.inheritance import Inheritance
 from pyflannel.dataplane.interface import Choice, choose_interface
 from pyflannel.dataplane.kernel_routes import DirectRouting, PeerRoutes
 from pyflannel.dataplane.netlink import Netlink
-from pyflannel.dataplane.offload import Offload
+from pyflannel.dataplane.offload import TUN_OFFLOADS, Offload
 from pyflannel.dataplane.refusal import Refusal
 from pyflannel.dataplane.route import (
     Delete,
@@ -35,6 +36,7 @@ from pyflannel.dataplane.route import (
 )
 from pyflannel.dataplane.tun import Tun
 from pyflannel.dataplane.underlay import Underlay
+from pyflannel.notify import keep_descriptors
 from pyflannel.options import Options
 
 log = logging.getLogger(__name__)
@@ -160,6 +162,7 @@ class Overlay:
         self._subnet: IPv4Network | None = None
         self._context: Context | None = None
         self._forwarder: Forwarder | None = None
+        self._is_paused = False
         self._peer_routes = PeerRoutes(
             tun.name,
             DirectRouting(config.ipv4.network, config.ipv4.length)
@@ -178,8 +181,13 @@ class Overlay:
         config: NetworkConfig,
         underlying: Underlying,
         stack: contextlib.ExitStack,
+        inherited: Inheritance,
+        in_use: Offload | None,
     ) -> Overlay:
-        """Open the sockets and the TUN; Refusal when the host says no."""
+        """Open the sockets and the TUN, or take them from `inherited`; Refusal when it cannot be.
+
+        `in_use` are the offloads of the process that still uses what is inherited, None without.
+        """
         backend = config.backend
         underlay = Underlay.open(
             underlying.choice.name,
@@ -187,14 +195,37 @@ class Overlay:
             backend.port,
             options.source_ports,
             vxlan_devices=await netlink.vxlan_devices_on_port(backend.port),
-            offload=options.offload,
+            offload=options.offload if in_use is None else in_use,
+            inherited=inherited,
         )
         stack.callback(underlay.close)
-        tun = Tun.open(f"flannel.{backend.vni}", options.tun_queues, options.offload)
+        name = f"flannel.{backend.vni}"
+        queues = inherited.take_tun(name)
+        if queues and in_use is not None:
+            tun = Tun.adopt(name, queues, in_use & TUN_OFFLOADS, in_use=True)
+        elif queues:
+            tun = Tun.adopt(name, queues, options.offload)
+        else:
+            tun = Tun.open(name, options.tun_queues, options.offload)
         return cls(options, netlink, config, underlying, tun, underlay, stack)
 
     def _close_tun(self) -> None:
         self._tun.close()
+
+    def descriptors(self) -> list[int]:
+        """Return all that a successor needs to go on where we stop."""
+        underlay = self._underlay
+        return [*self._tun.fds, underlay.lock_fd, underlay.receive_fd, *underlay.send_fds]
+
+    def keep_queues(self) -> None:
+        """Have the supervisor keep what packets queue in, so that they do while we are away.
+
+        Not what it gave to us or to our predecessor: it has that.
+        """
+        if not self._tun.is_adopted:
+            keep_descriptors(self.device, self._tun.fds)
+        if not self._underlay.is_adopted:
+            keep_descriptors(self.device, [self._underlay.receive_fd])
 
     @property
     def subnet(self) -> IPv4Network:
@@ -331,9 +362,24 @@ class Overlay:
                 "this host forwards no packets, so only itself is reached, not its containers: "
                 "sysctl -w net.ipv4.ip_forward=1"
             )
-        io = self._worker_io()
-        self._forwarder.start(io)
-        log.info("Forwarding with workers %s and offloads %s", self._options.workers, io.offload)
+        self._start()
+        log.info("Forwarding with workers %s and offloads %s", self._options.workers, self.offload)
+
+    def pause(self) -> None:
+        """Stop forwarding, as a successor is about to; packets queue meanwhile."""
+        assert self._forwarder is not None
+        self._forwarder.close()
+        self._is_paused = True
+
+    def resume(self) -> None:
+        """Go on after `pause`."""
+        self._is_paused = False
+        self._start()
+
+    def _start(self) -> None:
+        assert self._forwarder is not None
+        if not self._is_paused:
+            self._forwarder.start(self._worker_io())
 
     def _worker_io(self) -> WorkerIo:
         tun, underlay = self._tun, self._underlay
@@ -359,7 +405,8 @@ class Overlay:
             self._tun.delete()
         self._tun = Tun.open(self.device, self._options.tun_queues, self._options.offload)
         self._device_index = socket.if_nametoindex(self.device)
-        self._forwarder.start(self._worker_io())
+        keep_descriptors(self.device, self._tun.fds)
+        self._start()
         log.warning("%s was deleted by somebody: made anew", self.device)
 
     def rebind(self, index: int, address: IPv4Address) -> None:
@@ -368,7 +415,7 @@ class Overlay:
         choice = replace(self.underlying.choice, index=index, address=address)
         with self._underlay.rebind(choice.name, address):
             self._forwarder.close()
-            self._forwarder.start(self._worker_io())
+            self._start()
         self.underlying = replace(
             self.underlying, choice=choice, public_ip=self._options.public_ip or address
         )

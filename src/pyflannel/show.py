@@ -232,3 +232,11 @@ def quantity(size: float) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1000
     return f"{size:.1f} TB"
+
+
+def reload_main(argv: Sequence[str]) -> int:
+    """Run `pyflannel-udp reload`: return when a successor of the daemon is READY."""
+    command = parse_command(argv, "reload")
+    result = ask(find_socket(command.options.control_dir, command.vni), "reload")
+    print(f"process {result['new']} has taken over from {result['old']}")
+    return 0

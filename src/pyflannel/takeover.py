@@ -1,0 +1,280 @@
+"""Hands a running node over to a successor without losing a packet (`--takeover`, decision 24).
+
+    successor                                        running process
+    connects, {"request":"takeover"}        ->
+                                            <-       its lease, offloads and all descriptors
+    prepares everything but reading packets
+    "ready"                                 ->       stops reading, sends what it holds
+                                            <-       "stopped"
+    forwards, sets up the rest
+    "done"                                  ->       tells the supervisor
+                                            <-       "yours", and ends
+
+Both have the same open descriptors, so packets queue in the kernel while nobody reads. Whatever
+happens to the successor before "done", the running process goes on; what it reads until then is the
+control socket's, so it comes from root or from itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import socket
+import struct
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pyflannel.control.lease import BadLease, KeyValue, Lease, lease_key, parse_lease_untrusted
+from pyflannel.control.network_config import NetworkConfig
+from pyflannel.dataplane.inheritance import Inheritance
+from pyflannel.dataplane.offload import Offload, parse_offload
+from pyflannel.dataplane.refusal import Refusal
+from pyflannel.node import Node
+from pyflannel.notify import notify
+
+log = logging.getLogger(__name__)
+
+READY, STOPPED, DONE, YOURS = b"ready\n", b"stopped\n", b"done\n", b"yours\n"
+PREPARE_SECONDS = 120.0
+"""How long a successor may prepare; etcd may be slow."""
+SETTLE_SECONDS = 15.0
+"""How long it may take from forwarding until it is through; nothing is lost meanwhile."""
+CHILD_POLL_SECONDS = 0.05
+STATE_BYTES = 1 << 16
+FDS_MAX = 253
+
+_UCRED = struct.Struct("iII")
+
+
+@dataclass(frozen=True, slots=True)
+class HandedOver:
+    """What a successor gets beside the descriptors; `expires_at` as the keeper has it."""
+
+    lease: KeyValue
+    expires_at: float | None
+    offload: Offload
+
+    def to_json(self) -> bytes:
+        """Return one line."""
+        kv = self.lease
+        return (
+            json.dumps(
+                {
+                    "key": kv.key.decode(),
+                    "value": kv.value.decode(),
+                    "create_revision": kv.create_revision,
+                    "mod_revision": kv.mod_revision,
+                    "version": kv.version,
+                    "etcd_lease": kv.lease,
+                    "expires_at": self.expires_at,
+                    "offload": str(self.offload),
+                }
+            ).encode()
+            + b"\n"
+        )
+
+    @classmethod
+    def from_json(cls, line: bytes) -> HandedOver:
+        """Read what another version may have written; Refusal when it cannot be used."""
+        try:
+            found = json.loads(line)
+            if "error" in found:
+                raise Refusal(f"the running process cannot hand over: {found['error']}")
+            offload = parse_offload(found["offload"])
+            assert offload is not None
+            return cls(
+                KeyValue(
+                    found["key"].encode(),
+                    found["value"].encode(),
+                    int(found["create_revision"]),
+                    int(found["mod_revision"]),
+                    int(found["version"]),
+                    int(found["etcd_lease"]),
+                ),
+                found["expires_at"],
+                offload,
+            )
+        except (ValueError, TypeError, KeyError) as error:
+            raise Refusal(
+                f"what the running process hands over is not understood ({error!r}); "
+                "restart instead: systemctl restart pyflannel-udp"
+            ) from error
+
+
+class Predecessor:
+    """The running process, as its successor sees it; the connection's end is the end of the try."""
+
+    def __init__(self, connection: socket.socket, handed: HandedOver, inherited: Inheritance):
+        self._connection = connection
+        self.handed = handed
+        self.inherited = inherited
+
+    @classmethod
+    def find(cls, path: Path) -> Predecessor:
+        """Ask the process that serves this control socket for all it has; Refusal if none does."""
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            connection.settimeout(SETTLE_SECONDS)
+            connection.connect(str(path))
+            connection.sendall(b'{"request":"takeover"}\n')
+            line, fds, _, _ = socket.recv_fds(connection, STATE_BYTES, FDS_MAX)
+        except OSError as error:
+            connection.close()
+            raise Refusal(
+                f"nothing to take over: {path}: {error.strerror or error}; start without --takeover"
+            ) from error
+        inherited = Inheritance(fds)
+        try:
+            return cls(connection, HandedOver.from_json(line), inherited)
+        except BaseException:
+            inherited.close()
+            connection.close()
+            raise
+
+    def lease(self, prefix: str, config: NetworkConfig) -> Lease:
+        """Return the lease that is ours now; Refusal if it is of another network."""
+        try:
+            lease = parse_lease_untrusted(self.handed.lease)
+        except BadLease as error:
+            raise Refusal(f"the running process has no lease to hand over: {error}") from error
+        key = self.handed.lease.key.decode()
+        if key != lease_key(prefix, lease.subnet) or not config.fits(lease.subnet):
+            raise Refusal(
+                f"the running process has {key}, which does not fit --etcd-prefix or the network "
+                "configuration any more; restart instead: systemctl restart pyflannel-udp"
+            )
+        return lease
+
+    def stop(self) -> None:
+        """Have it stop forwarding; from here on until we forward, packets queue."""
+        self._exchange(READY, STOPPED)
+
+    def finish(self) -> None:
+        """Let it end."""
+        self._exchange(DONE, YOURS)
+        self.close()
+
+    def close(self) -> None:
+        """Leave it alone: it goes on where `finish` was not reached; may be called again."""
+        self._connection.close()
+
+    def _exchange(self, say: bytes, expect: bytes) -> None:
+        try:
+            self._connection.sendall(say)
+            answer = self._connection.recv(len(expect), socket.MSG_WAITALL)
+        except OSError as error:
+            raise Refusal(f"the running process does not hand over: {error}") from error
+        if answer != expect:
+            raise Refusal("the running process does not hand over: look at its log")
+
+
+class Handover:
+    """The requests of a successor in the running process; `done` is set when it shall end.
+
+    `listeners` are the descriptors to hand over beside those of the overlays.
+    """
+
+    def __init__(self, node: Node) -> None:
+        self.done = asyncio.Event()
+        self.requests = {"takeover": self.takeover, "reload": self.reload}
+        self.listeners: list[int] = []
+        self._node = node
+        self._is_busy = False
+        self._is_handed_over = False
+        self._reloading = False
+
+    async def takeover(self, _: Mapping[str, Any], connection: socket.socket) -> object:
+        """Serve a successor."""
+        if self._is_busy:
+            raise Refusal("another successor is on its way")
+        self._is_busy = True
+        try:
+            await self._hand_over(connection)
+        finally:
+            self._is_busy = False
+        if not self._reloading:
+            self.done.set()
+        return None
+
+    async def _hand_over(self, connection: socket.socket) -> None:
+        overlays, keeper = self._node.overlays, self._node.keeper
+        if keeper is None or "starting" in self._node.readiness.reasons:
+            raise Refusal("it is starting itself; try again when it is ready")
+        kv, expires_at = keeper.to_hand_over()
+        fds = [fd for overlay in overlays for fd in overlay.descriptors()]
+        state = HandedOver(kv, expires_at, overlays[0].offload)
+        socket.send_fds(connection, [state.to_json()], [*fds, *self.listeners])
+        await _expect(connection, READY, PREPARE_SECONDS)
+        try:
+            for overlay in overlays:
+                overlay.pause()
+            await asyncio.get_running_loop().sock_sendall(connection, STOPPED)
+            await _expect(connection, DONE, SETTLE_SECONDS)
+        except BaseException:
+            for overlay in overlays:
+                overlay.resume()
+            raise
+        self._is_handed_over = True
+        keeper.let_go()
+        pid = _peer(connection)
+        notify(f"MAINPID={pid}")
+        log.info("Handed over to process %d", pid)
+        with contextlib.suppress(OSError):
+            await asyncio.get_running_loop().sock_sendall(connection, YOURS)
+
+    async def reload(self, _: Mapping[str, Any], connection: socket.socket) -> object:
+        """Start a successor with our arguments and answer when it has taken over."""
+        if self._is_busy or self._reloading:
+            raise Refusal("another successor is on its way")
+        self._reloading = True
+        arguments = [word for word in sys.argv[1:] if word.lstrip("-") != "takeover"]
+        try:
+            child = subprocess.Popen(
+                [sys.executable, "-m", "pyflannel", *arguments, "--takeover"],
+                stdin=subprocess.DEVNULL,
+            )
+            while not self._is_handed_over:
+                if child.poll() is not None:
+                    raise Refusal(
+                        f"the successor ended with code {child.returncode}, so this process goes "
+                        "on; the reason is in the log"
+                    )
+                await asyncio.sleep(CHILD_POLL_SECONDS)
+        finally:
+            self._reloading = False
+        # The server's own answer may be cut off by our end.
+        answer = json.dumps({"result": {"old": os.getpid(), "new": child.pid}}).encode() + b"\n"
+        with contextlib.suppress(OSError):
+            await asyncio.get_running_loop().sock_sendall(connection, answer)
+        self.done.set()
+        return None
+
+
+async def _expect(connection: socket.socket, word: bytes, seconds: float) -> None:
+    """Wait for a word of the successor; Refusal when it does not come."""
+    loop = asyncio.get_running_loop()
+    said = b""
+    try:
+        while said != word:
+            received = await asyncio.wait_for(loop.sock_recv(connection, len(word)), seconds)
+            if not received:
+                raise Refusal("the successor ended before it was through: this process goes on")
+            said += received
+            if not word.startswith(said):
+                raise Refusal(f"the successor said {said!r}: this process goes on")
+    except (OSError, asyncio.TimeoutError, Refusal) as error:
+        sentence = str(error) or "the successor took too long: this process goes on"
+        log.error("%s", sentence)
+        raise Refusal(sentence) from error
+
+
+def _peer(connection: socket.socket) -> int:
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+    return int(_UCRED.unpack(credentials)[0])

@@ -1,0 +1,273 @@
+"""A successor takes over a node without losing a packet, and one that fails does no harm.
+
+c1 -- h1 (ours, taken over) --+
+                              +-- switch, etcd
+c2 -- h2 (ours) --------------+
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import tests.lab.load
+from tests.lab.hosts import Host, Lab, Namespace, container_address, lab, ping, wait_until
+from tests.lab.require import require_program, require_root
+from tests.lab.supervisor import Supervisor
+
+PORT = 7000
+PACKETS_PER_SECOND = 10_000
+FEW_PER_SECOND = 1000
+LOAD = (sys.executable, tests.lab.load.__file__)
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Lab]:
+    require_root()
+    for program in ("ip", "ethtool", "etcd", "etcdctl", "ping"):
+        require_program(program)
+    with lab(2) as made:
+        made.put_config()
+        for host in made.hosts:
+            made.start_daemon(host, "--control-dir", str(host.folder))
+            made.add_container(host)
+        wait_until(lambda: _reaches(made), "a ping")
+        yield made
+
+
+def _reaches(nodes: Lab) -> bool:
+    first, second = nodes.hosts
+    assert first.container is not None
+    return ping(first.container, container_address(second))
+
+
+def _container(host: Host) -> Namespace:
+    assert host.container is not None
+    return host.container
+
+
+@dataclass
+class Count:
+    """Of one direction; `lost` once the load has ended."""
+
+    sent: int = 0
+    received: int = 0
+    duplicate: int = 0
+    reordered: int = 0
+
+    @property
+    def lost(self) -> int:
+        return self.sent - self.received
+
+
+@contextmanager
+def _load(nodes: Lab, rate: int = PACKETS_PER_SECOND) -> Iterator[list[Count]]:
+    """Send so many packets a second in each direction; the counts are there at the end."""
+    counts = [Count(), Count()]
+    logs = [nodes.folder / f"load{x}.log" for x in range(4)]
+    for log in logs:
+        log.unlink(missing_ok=True)
+    started: list[tuple[Namespace, int]] = []
+
+    def start(host: Host, log: Path, *words: str) -> None:
+        container = _container(host)
+        started.append((container, container.start(*LOAD, *words, log=log)))
+        wait_until(lambda: log.exists() and "ready" in log.read_text(), "the load is there")
+
+    pairs = (nodes.hosts, nodes.hosts[::-1])
+    for (_, target), log in zip(pairs, logs[:2]):
+        start(target, log, "receive", str(PORT))
+    for (source, target), log in zip(pairs, logs[2:]):
+        start(source, log, "send", str(container_address(target)), str(PORT), str(rate))
+    try:
+        yield counts
+    finally:
+        for container, index in reversed(started):
+            container.stop(index)
+    for count, receiver, sender in zip(counts, logs[:2], logs[2:]):
+        count.sent = int(sender.read_text().split()[-1])
+        words = receiver.read_text().split()[-3:]
+        count.received, count.duplicate, count.reordered = map(int, words)
+
+
+def _take_over(nodes: Lab, host: Host, *flags: str) -> None:
+    """Start a successor on a host and wait until it is ready and the old process has ended."""
+    old = next(x for x in host.processes if x.poll() is None)
+    nodes.start_daemon(host, "--control-dir", str(host.folder), "--takeover", *flags)
+    assert old.wait(10) == 0
+
+
+def _state(nodes: Lab, host: Host) -> object:
+    (link,) = json.loads(host.ip("-d", "-j", "addr", "show", "flannel.1"))
+    return nodes.leases(), host.ip("route"), link["ifindex"], host.subnet_file.read_text()
+
+
+def test_ten_takeovers_lose_nothing_at_10000_packets_per_second(nodes: Lab) -> None:
+    host = nodes.hosts[0]
+    before = _state(nodes, host)
+    with _load(nodes) as counts:
+        for _ in range(10):
+            _take_over(nodes, host)
+    for count in counts:
+        assert count.sent > PACKETS_PER_SECOND
+        assert (count.lost, count.duplicate, count.reordered) == (0, 0, 0), counts
+    assert _state(nodes, host) == before
+
+
+class _FakeSuccessor:
+    """Speaks like a successor, up to the word behind which it dies."""
+
+    def __init__(self, host: Host) -> None:
+        self._connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._connection.settimeout(10)
+        self._connection.connect(str(host.folder / "pyflannel-1.sock"))
+        self.ask(b'{"request":"takeover"}\n')
+        _, self._fds, _, _ = socket.recv_fds(self._connection, 65536, 253)
+
+    def ask(self, line: bytes) -> None:
+        self._connection.sendall(line)
+
+    def answer(self) -> bytes:
+        return self._connection.recv(100)
+
+    def die(self) -> None:
+        self._connection.close()
+        for fd in self._fds:
+            socket.close(fd)
+
+
+@pytest.mark.parametrize("says_ready", [False, True])
+def test_successor_that_dies_leaves_the_old_process_at_work(nodes: Lab, says_ready: bool) -> None:
+    host = nodes.hosts[0]
+    with _load(nodes) as counts:
+        for _ in range(5):
+            successor = _FakeSuccessor(host)
+            if says_ready:
+                successor.ask(b"ready\n")
+                assert successor.answer() == b"stopped\n"
+            successor.die()
+            wait_until(lambda: "another successor" not in _asked_again(host), "the old one goes on")
+    assert [(x.lost, x.duplicate, x.reordered) for x in counts] == [(0, 0, 0)] * 2, counts
+    _take_over(nodes, host)
+
+
+def _asked_again(host: Host) -> str:
+    """What a second successor is told."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.settimeout(10)
+        connection.connect(str(host.folder / "pyflannel-1.sock"))
+        connection.sendall(b'{"request":"takeover"}\n')
+        line, fds, _, _ = socket.recv_fds(connection, 65536, 253)
+        for fd in fds:
+            socket.close(fd)
+        return line.decode()
+
+
+@contextmanager
+def _supervised(nodes: Lab, host: Host) -> Iterator[Supervisor]:
+    """A host whose daemon has a supervisor; another one without is there at the end."""
+    old = next(x for x in host.processes if x.poll() is None)
+    old.terminate()
+    old.wait(10)
+    supervisor = Supervisor(host.folder)
+    try:
+        _start(nodes, host, supervisor)
+        yield supervisor
+    finally:
+        for index in range(len(host.processes)):
+            host.stop(index)
+        supervisor.close()
+    nodes.start_daemon(host, "--control-dir", str(host.folder))
+
+
+def _start(nodes: Lab, host: Host, supervisor: Supervisor) -> None:
+    ready = supervisor.collect().count("READY=1")
+    flags = ("--control-dir", str(host.folder))
+    index = nodes.start_daemon(host, *flags, wrapper=supervisor.wrapper, wait=False)
+    supervisor.give()
+    process = host.processes[index]
+    wait_until(
+        lambda: supervisor.collect().count("READY=1") > ready or process.poll() is not None,
+        "READY=1",
+    )
+    assert process.poll() is None, host.log.read_text()[-2000:]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_packets_queue_while_a_supervisor_restarts_the_daemon(nodes: Lab, number: int) -> None:
+    host = nodes.hosts[0]
+    with _supervised(nodes, host) as supervisor:
+        before = _state(nodes, host)
+        with _load(nodes, FEW_PER_SECOND) as counts:
+            for _ in range(2):
+                host.stop(len(host.processes) - 1, number)
+                _start(nodes, host, supervisor)
+        assert _state(nodes, host) == before
+    for count in counts:
+        assert count.sent > FEW_PER_SECOND
+        # A process that is killed takes with it what it has in its hands.
+        assert count.lost <= (2 if number == signal.SIGKILL else 0), counts
+        assert (count.duplicate, count.reordered) == (0, 0)
+
+
+def test_gap_of_a_restart_without_supervisor(nodes: Lab) -> None:
+    host = nodes.hosts[0]
+    before = _state(nodes, host)
+    with _load(nodes, FEW_PER_SECOND) as counts:
+        index = next(i for i, x in enumerate(host.processes) if x.poll() is None)
+        host.stop(index)
+        nodes.start_daemon(host, "--control-dir", str(host.folder))
+    assert _state(nodes, host) == before
+    for count in counts:
+        print(f"gap {count.lost / FEW_PER_SECOND:.2f} s")
+        assert 0 < count.lost < 5 * FEW_PER_SECOND
+
+
+def _reload(host: Host) -> str:
+    command = (sys.executable, "-m", "pyflannel", "reload", "--control-dir", str(host.folder))
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return done.stdout + done.stderr
+
+
+def test_reload_starts_a_successor_and_tells_the_supervisor(nodes: Lab) -> None:
+    host = nodes.hosts[0]
+    with _supervised(nodes, host) as supervisor:
+        old = host.processes[-1]
+        with _load(nodes) as counts:
+            said = _reload(host)
+        assert old.wait(10) == 0
+        found = re.fullmatch(rf"process (\d+) has taken over from {old.pid}\n", said)
+        assert found, said
+        new = int(found.group(1))
+        states = supervisor.collect()
+        assert states.index(f"MAINPID={new}") < len(states) - 1 - states[::-1].index("READY=1")
+        assert "STOPPING=1" not in states
+        assert [(x.lost, x.duplicate, x.reordered) for x in counts] == [(0, 0, 0)] * 2, counts
+        # It goes on: nobody else holds the address, the lock and the socket.
+        assert "another" not in _asked_again(host)
+        os.kill(new, signal.SIGTERM)
+        wait_until(lambda: not Path(f"/proc/{new}").exists(), "the successor has ended")
+
+
+def test_reload_that_fails_says_why_and_changes_nothing(nodes: Lab) -> None:
+    host = nodes.hosts[0]
+    nodes.put_config('{"Network":"10.244.0.0/16","Backend":{"Type":"host-gw"}}')
+    try:
+        with _load(nodes) as counts:
+            said = _reload(host)
+    finally:
+        nodes.put_config()
+    assert "the successor ended with code 1, so this process goes on" in said
+    assert [(x.lost, x.duplicate, x.reordered) for x in counts] == [(0, 0, 0)] * 2, counts
+    assert _reaches(nodes)
