@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from pyflannel import health
+from pyflannel.dataplane.inheritance import Inheritance
 from pyflannel.dataplane.refusal import Refusal
 from pyflannel.health import HealthServer, Readiness
 from pyflannel.notify import notify
@@ -21,10 +22,14 @@ def readiness() -> Readiness:
     return Readiness()
 
 
+async def page() -> bytes:
+    return b"pyflannel_ready 0.0\n"
+
+
 @pytest.fixture
 async def server(readiness: Readiness) -> AsyncIterator[HealthServer]:
-    made = HealthServer(readiness, "127.0.0.1", 0, lambda: b"pyflannel_ready 0.0\n")
-    await made.start()
+    made = HealthServer(readiness, "127.0.0.1", 0, page)
+    await made.start(Inheritance())
     yield made
     await made.close()
 
@@ -105,9 +110,9 @@ async def test_a_request_that_is_too_long_cut_short_or_slow_ends_without_an_answ
 
 
 async def test_a_port_that_is_taken_is_refused(server: HealthServer, readiness: Readiness) -> None:
-    other = HealthServer(readiness, "127.0.0.1", server.port, lambda: b"")
+    other = HealthServer(readiness, "127.0.0.1", server.port, page)
     with pytest.raises(Refusal, match=f"127.0.0.1:{server.port}.*--healthz-port"):
-        await other.start()
+        await other.start(Inheritance())
     await other.close()
 
 

@@ -27,6 +27,7 @@ from tests.lab.require import require_program, require_root
 from tests.lab.supervisor import Supervisor
 
 PORT = 7000
+HEALTH_PORT = 8081
 PACKETS_PER_SECOND = 10_000
 FEW_PER_SECOND = 1000
 LOAD = (sys.executable, tests.lab.load.__file__)
@@ -40,10 +41,21 @@ def nodes() -> Iterator[Lab]:
     with lab(2) as made:
         made.put_config()
         for host in made.hosts:
-            made.start_daemon(host, "--control-dir", str(host.folder))
+            made.start_daemon(host, *_flags(host))
             made.add_container(host)
         wait_until(lambda: _reaches(made), "a ping")
         yield made
+
+
+def _flags(host: Host) -> tuple[str, ...]:
+    return ("--control-dir", str(host.folder), "--healthz-port", str(HEALTH_PORT))
+
+
+def _readyz(host: Host) -> str:
+    """What the one that serves the port says."""
+    url = f"http://127.0.0.1:{HEALTH_PORT}/readyz"
+    script = f"import urllib.request; print(urllib.request.urlopen({url!r}).read().decode())"
+    return host.exec(sys.executable, "-c", script)
 
 
 def _reaches(nodes: Lab) -> bool:
@@ -101,10 +113,10 @@ def _load(nodes: Lab, rate: int = PACKETS_PER_SECOND) -> Iterator[list[Count]]:
         count.received, count.duplicate, count.reordered = map(int, words)
 
 
-def _take_over(nodes: Lab, host: Host, *flags: str) -> None:
+def _take_over(nodes: Lab, host: Host) -> None:
     """Start a successor on a host and wait until it is ready and the old process has ended."""
     old = next(x for x in host.processes if x.poll() is None)
-    nodes.start_daemon(host, "--control-dir", str(host.folder), "--takeover", *flags)
+    nodes.start_daemon(host, *_flags(host), "--takeover")
     assert old.wait(10) == 0
 
 
@@ -119,6 +131,7 @@ def test_ten_takeovers_lose_nothing_at_10000_packets_per_second(nodes: Lab) -> N
     with _load(nodes) as counts:
         for _ in range(10):
             _take_over(nodes, host)
+            assert "is ready" in _readyz(host)
     for count in counts:
         assert count.sent > PACKETS_PER_SECOND
         assert (count.lost, count.duplicate, count.reordered) == (0, 0, 0), counts
@@ -188,13 +201,12 @@ def _supervised(nodes: Lab, host: Host) -> Iterator[Supervisor]:
         for index in range(len(host.processes)):
             host.stop(index)
         supervisor.close()
-    nodes.start_daemon(host, "--control-dir", str(host.folder))
+    nodes.start_daemon(host, *_flags(host))
 
 
 def _start(nodes: Lab, host: Host, supervisor: Supervisor) -> None:
     ready = supervisor.collect().count("READY=1")
-    flags = ("--control-dir", str(host.folder))
-    index = nodes.start_daemon(host, *flags, wrapper=supervisor.wrapper, wait=False)
+    index = nodes.start_daemon(host, *_flags(host), wrapper=supervisor.wrapper, wait=False)
     supervisor.give()
     process = host.processes[index]
     wait_until(
@@ -227,7 +239,7 @@ def test_gap_of_a_restart_without_supervisor(nodes: Lab) -> None:
     with _load(nodes, FEW_PER_SECOND) as counts:
         index = next(i for i, x in enumerate(host.processes) if x.poll() is None)
         host.stop(index)
-        nodes.start_daemon(host, "--control-dir", str(host.folder))
+        nodes.start_daemon(host, *_flags(host))
     assert _state(nodes, host) == before
     for count in counts:
         print(f"gap {count.lost / FEW_PER_SECOND:.2f} s")

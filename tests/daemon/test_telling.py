@@ -9,24 +9,15 @@ from ipaddress import IPv4Address, IPv4Network
 from typing import cast
 
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
 from pyflannel import suspects
-from pyflannel.control.family_routes import Place
 from pyflannel.control.lease import KeyValue, parse_lease_untrusted
-from pyflannel.control.lease_table import LeaseTable
 from pyflannel.dataplane.fastpath import (
-    DROP_REASONS,
-    AntiSpoofing,
     Context,
-    FastpathConfig,
     Suspect,
 )
-from pyflannel.dataplane.route import MacAddress, Vni
-from pyflannel.health import Readiness
-from pyflannel.metrics import render
+from pyflannel.dataplane.route import MacAddress
 from pyflannel.suspects import describe, report_suspects
-from tests.dataplane.test_fastpath import PEER
 
 NETWORK = IPv4Network("10.5.0.0/16")
 MAC = MacAddress.parse("02:00:00:00:00:01")
@@ -99,65 +90,3 @@ async def test_each_source_is_told_once_until_too_many_others_came(
     assert [line.split(" (inner")[0] for line in told] == [
         f"{verb} packets from {source}" for source in (one, two, three, one)
     ]
-
-
-def page(made: Context | None, table: LeaseTable | None, ready: Readiness) -> dict[str, float]:
-    """Return the page's samples, labels as Prometheus writes them."""
-    found = {}
-    for family in text_string_to_metric_families(render(made, table, ready).decode()):
-        for sample in family.samples:
-            labels = ",".join(f'{name}="{value}"' for name, value in sorted(sample.labels.items()))
-            found[f"{sample.name}{{{labels}}}" if labels else sample.name] = sample.value
-    return found
-
-
-def test_a_node_that_starts_has_one_sample() -> None:
-    readiness = Readiness()
-    assert page(None, None, readiness) == {"pyflannel_ready": 0.0}
-    readiness.clear("starting")
-    assert page(None, None, readiness) == {"pyflannel_ready": 1.0}
-
-
-def test_every_drop_reason_and_peer_has_its_sample_from_the_start() -> None:
-    made = Context(FastpathConfig(Vni(1), MAC, NETWORK, AntiSpoofing.ENFORCE))
-    made.replace(PEER)
-    try:
-        samples = page(made, None, Readiness())
-    finally:
-        made.close()
-    del samples["pyflannel_ready"]
-    assert set(samples.values()) == {0.0}
-    assert set(samples) == {
-        *(f'pyflannel_drops_total{{reason="{reason}"}}' for reason in DROP_REASONS),
-        *(
-            f'pyflannel_{name}_total{{direction="{direction}"}}'
-            for name in ("packets", "bytes")
-            for direction in ("encap", "decap")
-        ),
-        *(
-            f'pyflannel_peer_{name}_total{{direction="{direction}",subnet="10.5.2.0/24"}}'
-            for name in ("packets", "bytes")
-            for direction in ("encap", "decap")
-        ),
-    }
-
-
-def test_leases_are_counted() -> None:
-    table = LeaseTable([Place(NETWORK, IPv4Address("192.0.2.1"))], 8472)
-    value = (
-        '{{"PublicIP":"{}","BackendType":"vxlan","BackendData":{{"VtepMAC":"02:00:00:00:00:{}"}}}}'
-    )
-    for revision, (key, text) in enumerate(
-        (
-            ("10.5.2.0-24", value.format("192.0.2.2", "02")),
-            ("10.5.2.0-25", value.format("192.0.2.3", "03")),
-            ("foo", "bar"),
-        ),
-        1,
-    ):
-        name = f"/coreos.com/network/subnets/{key}".encode()
-        table.put(KeyValue(name, text.encode(), revision, revision, 1, 0))
-    samples = page(None, table, Readiness())
-    assert samples["pyflannel_peers"] == 1
-    assert samples["pyflannel_quarantined_leases"] == 1
-    assert samples["pyflannel_bad_leases"] == 1
