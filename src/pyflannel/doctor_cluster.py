@@ -12,6 +12,7 @@ import ssl
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from ipaddress import IPv4Address
 from urllib.parse import urlsplit
 
 from pyflannel.control.etcd import Reading
@@ -125,7 +126,7 @@ def _tls(options: Options) -> ssl.SSLContext:
 
 def check_leases(found: LeaseList) -> Iterator[Finding]:
     """No two leases may have one public IP, and every key must be a lease."""
-    by_address: dict[IPAddress, list[Lease]] = {}
+    by_address: dict[IPv4Address, list[Lease]] = {}
     for lease in found.leases:
         by_address.setdefault(lease.attributes.public_ip, []).append(lease)
     for address, leases in by_address.items():
@@ -156,7 +157,7 @@ def check_own_lease(
 
 async def check_path_mtu(
     peers: Sequence[Lease], outer_mtu: int
-) -> tuple[set[IPAddress], list[Finding]]:
+) -> tuple[set[IPv4Address], list[Finding]]:
     """Find the largest packet that reaches each peer whole; return who answers at all, too."""
     addresses = {lease.attributes.public_ip for lease in peers}
     reached = await echo(dict.fromkeys(addresses, 0), ECHO_SECONDS) if addresses else set()
@@ -177,9 +178,9 @@ async def check_path_mtu(
     return reached, _few(findings)
 
 
-async def check_vteps(peers: Sequence[Lease], reached: set[IPAddress]) -> list[Finding]:
+async def check_vteps(peers: Sequence[Lease], reached: set[IPv4Address]) -> list[Finding]:
     """Ask each peer for an echo over the overlay, at the address of its VTEP."""
-    bases: dict[IPAddress, Lease] = {lease.subnet.ipv4.network_address: lease for lease in peers}
+    bases: dict[IPv4Address, Lease] = {lease.subnet.ipv4.network_address: lease for lease in peers}
     answered = await echo(dict.fromkeys(bases, 84), ECHO_SECONDS) if bases else set()
     findings = []
     for base, lease in bases.items():

@@ -172,6 +172,8 @@ class Overlay:
             overhead=OVERHEAD_BYTES,
         )
         self._has_reconciled = False
+        self.refused: dict[IPNetwork, int] = {}
+        """Peers whose route the kernel has refused, with its errno."""
 
     @classmethod
     async def open(
@@ -326,11 +328,15 @@ class Overlay:
             failed = []
         for subnet in deleted:
             self.context.delete(subnet)
+        for subnet in kernel:
+            self.refused.pop(subnet, None)
         self._tell_refused(failed)
 
     def _tell_refused(self, failed: Sequence[tuple[IPNetwork, int]]) -> None:
         for subnet, err in failed:
-            log.error("kernel route to %s: %s", subnet, os.strerror(err))
+            if self.refused.get(subnet) != err:
+                log.error("kernel route to %s: %s", subnet, os.strerror(err))
+            self.refused[subnet] = err
 
     async def reconcile(self, wanted: Sequence[Route]) -> None:
         """Make the kernel's routes to peers exactly these; with DirectRouting look anew at who is
@@ -342,6 +348,8 @@ class Overlay:
         except OSError as error:
             log.error("routes on %s cannot be looked after: %s", self.device, error.strerror)
             return
+        still = dict(failed)
+        self.refused = {x: err for x, err in self.refused.items() if still.get(x) == err}
         self._tell_refused(failed)
         if came or went or not self._has_reconciled:
             log.info(

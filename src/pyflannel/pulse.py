@@ -14,6 +14,7 @@ from pyflannel.health import HUNG
 from pyflannel.node import Node
 from pyflannel.notify import notify
 
+ROUTES = "routes"
 LOOK_SECONDS = 1.0
 HUNG_SECONDS = 5.0
 """Idle threads turn every second, so this is far beyond a busy machine's delays."""
@@ -27,8 +28,22 @@ def watchdog_seconds(environ: Mapping[str, str]) -> float | None:
     return int(text) / 1e6 if text.isdecimal() and int(text) else None
 
 
+def _tell_refused(node: Node) -> None:
+    refused = [pair for overlay in node.overlays for pair in overlay.refused.items()]
+    if not refused:
+        node.readiness.clear(ROUTES)
+        return
+    subnet, err = refused[0]
+    more = f" and {len(refused) - 1} more" if len(refused) > 1 else ""
+    node.readiness.set(
+        ROUTES,
+        f"the kernel refuses the route to {subnet}{more}: {os.strerror(err)}; "
+        "`ip route` and `ip addr` show what is in its way",
+    )
+
+
 async def watch_pulse(node: Node, environ: Mapping[str, str]) -> None:
-    """Look for ever."""
+    """Look for ever; also whether the kernel has every peer's route."""
     within = watchdog_seconds(environ)
     period = LOOK_SECONDS if within is None else min(LOOK_SECONDS, within / 2)
     while True:
@@ -39,6 +54,7 @@ async def watch_pulse(node: Node, environ: Mapping[str, str]) -> None:
                 f"a packet thread of {overlay.device} has hung for more than "
                 f"{HUNG_SECONDS:.0f} s; restart pyflannel-udp",
             )
+        _tell_refused(node)
         if not hung:
             node.readiness.clear(HUNG)
             if within is not None:

@@ -17,7 +17,7 @@ import pytest
 
 from pyflannel.notify import notify
 from pyflannel.pulse import watchdog_seconds
-from tests.lab.hosts import Host, Lab, lab, wait_until
+from tests.lab.hosts import PREFIX, Host, Lab, lab, wait_until
 from tests.lab.require import require_program, require_root
 
 PORT = 8081
@@ -142,6 +142,23 @@ def test_a_configuration_that_went_bad_is_told_and_the_old_one_stays(made: Lab, 
     made.put_config(CONFIG)
     host.processes[index].send_signal(signal.SIGHUP)
     wait_until(lambda: _page(made, host, "readyz")[0] == 200, "it becomes ready again")
+
+
+def test_a_peer_whose_route_the_kernel_refuses_makes_it_unready(made: Lab, host: Host) -> None:
+    made.start_daemon(host, "--healthz-port", str(PORT))
+    # A gateway that is our own address is none.
+    host.ip("addr", "add", "10.244.200.0/32", "dev", "flannel.1")
+    key = f"{PREFIX}/subnets/10.244.200.0-24"
+    vtep = '{"VNI":1,"VtepMAC":"0a:00:00:00:00:03"}'
+    address = '"PublicIP":"192.168.77.200"'
+    made.etcdctl("put", key, f'{{{address},"BackendType":"vxlan","BackendData":{vtep}}}')
+    wait_until(lambda: _page(made, host, "readyz")[0] == 503, "it becomes unready")
+    _, body = _page(made, host, "readyz")
+    assert body.startswith("routes: the kernel refuses the route to 10.244.200.0/24: Invalid argu")
+    host.ip("addr", "del", "10.244.200.0/32", "dev", "flannel.1")
+    wait_until(lambda: _page(made, host, "readyz")[0] == 200, "it becomes ready again")
+    assert "10.244.200.0/24" in host.ip("route")
+    made.etcdctl("del", key)
 
 
 @pytest.mark.parametrize("workers", ["1", "auto"])
