@@ -15,7 +15,7 @@ from pathlib import Path
 from bench import report
 from bench.cases import CASES, missing_congestion
 from bench.counters import read_counters
-from bench.machine import describe, wait_for_quiet
+from bench.machine import describe, end_on_sigterm, wait_for_quiet
 from bench.records import Record, Run
 from bench.suites import QUICK, SUITES, Suite
 from bench.transfer import transfer_is_intact
@@ -194,6 +194,7 @@ def main() -> int:
     if os.geteuid() != 0:
         say("run it as root: it makes network namespaces")
         return 1
+    end_on_sigterm()
     compile_tools()
     if given.output:
         given.output.mkdir(parents=True, exist_ok=True)

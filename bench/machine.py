@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import os
 import platform
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 TICKS = os.sysconf("SC_CLK_TCK")
 FOREIGN_LIMIT = 0.12
@@ -101,6 +103,15 @@ def wait_for_quiet(say: Callable[[str], None]) -> bool:
         if not told:
             say(f"others use {use.foreign / use.elapsed:.0%} of a core; waiting for quiet")
             told = True
+
+
+def end_on_sigterm() -> None:
+    """Let SIGTERM unwind as an exit does, so that everything made is removed."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, end)
 
 
 def describe() -> dict[str, str]:

@@ -22,6 +22,7 @@ from itertools import count
 
 from bench.cases import UDP_LOAD
 from bench.counters import read_counters
+from bench.machine import end_on_sigterm
 from bench.transfer import CHUNK, transfer_is_intact
 from bench.variants import Stack, build, compile_tools, parse_variant
 
@@ -138,6 +139,7 @@ def main() -> int:
     def say(text: str) -> None:
         print(text, flush=True)
 
+    end_on_sigterm()
     try:
         say(f"done: {run(int(sys.argv[1]), say)}")
     except SoakError as error:

@@ -25,7 +25,7 @@ SUITES = (
     Suite(
         "overlays",
         "Overlays on a wire, every checksum real",
-        ("plain", "kernel", "ours", "null", "udp-backend", "naive", "wireguard-go"),
+        ("plain", "kernel", "ours", "null", "udp-backend", "naive", "wireguard-go", "openvswitch"),
         (*TCP, "tcp1-bbr", "tcp4-bbr", *UDP, "rtt"),
     ),
     Suite(

@@ -16,6 +16,7 @@ from functools import partial
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 
+from bench.openvswitch import start_openvswitch
 from tests.lab.hosts import UNDERLAYS, Host, Lab, ping, run, wait_until
 
 BENCH = Path(__file__).parent
@@ -202,6 +203,12 @@ def _answers(host: Host, device: str) -> bool:
     return device in host.exec("wg", "show", device, check=False)
 
 
+def _openvswitch(made: Lab, variant: Variant) -> IPv4Address:
+    for number, host in enumerate(made.hosts):
+        start_openvswitch(host, made.hosts[1 - number].address, TUN_ADDRESSES[number])
+    return TUN_ADDRESSES[1]
+
+
 KINDS: dict[str, Callable[[Lab, Variant], IPv4Address]] = {
     "plain": _plain,
     "kernel": _kernel,
@@ -210,6 +217,7 @@ KINDS: dict[str, Callable[[Lab, Variant], IPv4Address]] = {
     "naive": _naive,
     "udp-backend": _udp_backend,
     "wireguard-go": _wireguard_go,
+    "openvswitch": _openvswitch,
 }
 
 VARIANTS = {
@@ -225,6 +233,7 @@ VARIANTS = {
         Variant("naive", "naive"),
         Variant("udp-backend", "udp-backend"),
         Variant("wireguard-go", "wireguard-go"),
+        Variant("openvswitch", "openvswitch"),
         *(
             Variant(f"{kind}-{peers}", kind, peers=peers)
             for kind in ("kernel", "ours", "udp-backend")
