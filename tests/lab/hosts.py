@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -57,12 +58,41 @@ UNDERLAYS = {
 }
 
 
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Hold Ctrl-C and SIGTERM back; inside Popen they would lose the child it has just made."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread is given signals
+        return
+    came: list[int] = []
+    held = {
+        number: signal.signal(number, lambda number, _: came.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, action in held.items():
+            signal.signal(number, action)
+        if came:
+            signal.raise_signal(came[0])
+
+
 def run(*command: str, check: bool = True) -> str:
     """Run a program, return its output; the error carries what it printed."""
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    if check and done.returncode:
-        raise RuntimeError(f"{' '.join(command)}: {done.stdout}{done.stderr}")
-    return done.stdout
+    with _undisturbed():
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+    with process:
+        try:
+            printed, errors = process.communicate(timeout=120)
+        except BaseException:
+            process.kill()
+            raise
+    if check and process.returncode:
+        raise RuntimeError(f"{' '.join(command)}: {printed}{errors}")
+    return printed
 
 
 def wait_until(condition: Callable[[], bool], what: str, seconds: float = DEADLINE_SECONDS) -> None:
@@ -91,7 +121,7 @@ class Namespace:
 
     def start(self, *command: str, log: Path, env: dict[str, str] | None = None) -> int:
         """Start a program inside; return its index in `processes`."""
-        with log.open("ab") as output:
+        with log.open("ab") as output, _undisturbed():
             process = subprocess.Popen(
                 ["ip", "netns", "exec", self.name, *command],
                 stdout=output,
@@ -99,7 +129,7 @@ class Namespace:
                 stdin=subprocess.DEVNULL,
                 env={**os.environ, **(env or {})},
             )
-        self.processes.append(process)
+            self.processes.append(process)
         return len(self.processes) - 1
 
     def stop(self, index: int, number: int = signal.SIGTERM) -> int:
