@@ -30,6 +30,7 @@ from pyflannel.dataplane.netlink import Netlink
 from pyflannel.dataplane.refusal import Refusal
 from pyflannel.dataplane.route import IPAddress
 from pyflannel.overlay import Overlay
+from pyflannel.patience import wait_for_event
 
 log = logging.getLogger(__name__)
 
@@ -90,8 +91,7 @@ class HostWatch:
             self._note(EVERYTHING)
             settle = SETTLE_SECONDS
             while True:
-                with contextlib.suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(self._changed.wait(), FULL_LOOK_SECONDS)
+                if await wait_for_event(self._changed, FULL_LOOK_SECONDS):
                     await asyncio.sleep(settle)
                 self._changed.clear()
                 now, self._concern = self._concern or EVERYTHING, Concern.NOTHING

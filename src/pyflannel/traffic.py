@@ -25,6 +25,7 @@ from pyflannel.dataplane.refusal import Refusal
 from pyflannel.dataplane.route import IPNetwork
 from pyflannel.dataplane.traffic_rules import TrafficRules, traffic_rules
 from pyflannel.options import Options
+from pyflannel.patience import wait_for_event
 
 log = logging.getLogger(__name__)
 
@@ -160,8 +161,7 @@ class Traffic:
         loop = asyncio.get_running_loop()
         period = self._options.iptables_resync
         while True:
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), period)
+            if await wait_for_event(self._changed, period):
                 await asyncio.sleep(SETTLE_SECONDS)
             self._changed.clear()
             try:

@@ -30,7 +30,7 @@ def test_unit_is_as_hardened_as_it_says() -> None:
 def test_unit_has_no_directive_that_systemd_does_not_know(tmp_path: Path) -> None:
     require_program("systemd-analyze")
     unit = tmp_path / UNIT.name
-    unit.write_text(re.sub(r"ExecStart=\S+", "ExecStart=/bin/true", UNIT.read_text()))
+    unit.write_text(re.sub(r"(?m)^(Exec\w+)=\S+", r"\1=/bin/true", UNIT.read_text()))
     done = subprocess.run(
         ["systemd-analyze", "verify", "--man=no", str(unit)], capture_output=True, text=True
     )

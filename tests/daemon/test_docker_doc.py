@@ -115,6 +115,7 @@ def machines() -> Iterator[dict[str, Machine]]:
         stack.callback(made.close)
         run("mount", "-t", "tmpfs", "tmpfs", str(made.folder))
         stack.callback(run, "umount", "-l", str(made.folder))
+        made.start_switch()
         found = {}
         for number in (1, 2):
             host = made.add_host()

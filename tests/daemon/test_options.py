@@ -39,6 +39,8 @@ SAMPLES = {
     "log-format": "json",
     "offload": "off",
     "workers": "0",
+    "sched": "normal",
+    "options-file": "/dev/null",
     "subnet-lease-renew-margin": "7",
 }
 # Spec section 2.1: name and default, empty where flannel has none.

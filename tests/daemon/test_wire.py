@@ -168,9 +168,9 @@ def test_what_is_counted_is_what_went_over_the_wire(made: Lab) -> None:
         lines = host.exec("python3", "-c", program).splitlines()
         return float(next(x.rsplit(" ", 1)[1] for x in lines if x.startswith(f"pyflannel_{name} ")))
 
-    peer = f'{{direction="encap",subnet="{PEER_SUBNET}"}}'
+    peer = f'{{subnet="{PEER_SUBNET}",direction="encap"}}'
     wait_until(lambda: sample(f"peer_packets_total{peer}") == len(packets), "all are counted", 5)
     assert sample(f"peer_bytes_total{peer}") == sum(map(len, packets))
-    assert sample('packets_total{direction="encap"}') == len(packets)
+    assert sample('packets_total{device="flannel.1",direction="encap"}') == len(packets)
     assert sample("ready") == 1
     assert IPv4Address(TARGET) in PEER_SUBNET

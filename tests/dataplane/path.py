@@ -244,6 +244,7 @@ def cabled(underlay: str) -> Iterator[tuple[Host, Host]]:
         require_program(program)
     made = Lab(UNDERLAYS[underlay])
     try:
+        made.start_switch()
         first, second = made.add_host(), made.add_host()
         made.cable(first, second)
         yield first, second

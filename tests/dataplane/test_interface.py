@@ -69,9 +69,11 @@ def only(*addresses: InterfaceAddress) -> str:
 
 def test_without_a_flag_the_default_route_decides() -> None:
     choice = choose()
-    assert choice == Choice(
-        "eth0", 2, 1500, IPv4Address("192.0.2.11"), "carries the IPv4 default route"
+    why = (
+        "carries the IPv4 default route; sending from 192.0.2.11, "
+        "the first of its 2 usable addresses"
     )
+    assert choice == Choice("eth0", 2, 1500, IPv4Address("192.0.2.11"), why)
 
 
 def test_no_default_route_is_refused() -> None:
