@@ -285,7 +285,7 @@ static void *run_both(void *arg)
 		}
 		if (sent + moved > 0 && (worker->poll_ns || worker->adaptive))
 			last = now_ns();
-		if (worker->adaptive && !worker->assisted && last - busy_since > BUSY_NS)
+		if (worker->adaptive && !worker->assisted && last > busy_since + BUSY_NS)
 			call_assistant(worker);
 	}
 }
