@@ -70,11 +70,15 @@ def test_direct_routing(made: Lab) -> None:
     assert _encapsulated(h1) == before
 
     # The other side may see things differently: what it encapsulates is accepted all the same.
-    back = str(_subnet(h1))
-    h2.ip("route", "replace", back, "via", back.split("/")[0], "dev", "flannel.1", "onlink")
+    far_side = (f"{h1.address}/32", "via", str(SWITCH_ADDRESS), "dev", "eth0")
+    back = f"{_subnet(h1)} via {_subnet(h1)[0]} dev flannel.1 onlink \n"
+    h2.ip("route", "add", *far_side)
+    wait_until(lambda: back in h2.ip("route"), "the other side encapsulates", 5)
     before = _encapsulated(h2)
     assert ping(containers[0], container_address(h2))
     assert _encapsulated(h2) > before
+    assert direct in h1.ip("route")
+    h2.ip("route", "del", *far_side)
 
     detour = (f"{h2.address}/32", "via", str(SWITCH_ADDRESS), "dev", "eth0")
     h1.ip("route", "add", *detour)

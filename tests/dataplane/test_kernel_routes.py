@@ -16,9 +16,8 @@ import pytest
 
 from pyflannel.dataplane.kernel_routes import DirectRouting, PeerRoutes
 from pyflannel.dataplane.route import IPNetwork
-from pyflannel.dataplane.tun import Tun
 from tests.lab.hosts import Namespace
-from tests.lab.inside import inside, lone_namespace
+from tests.lab.inside import inside, namespace_with_tun
 from tests.lab.require import require_program, require_root
 
 DEVICE = "flannel.1"
@@ -31,16 +30,10 @@ UNDERLAY = IPv4Address("192.0.2.12")
 def host() -> Iterator[Namespace]:
     require_root()
     require_program("ip")
-    with lone_namespace() as made:
-        made.ip("link", "add", "eth0", "type", "veth", "peer", "name", "veth0")
-        for name in ("eth0", "veth0"):
-            made.ip("link", "set", name, "up")
-        made.ip("addr", "add", "192.0.2.11/24", "dev", "eth0")
-        tun = inside(made, lambda: Tun.open(DEVICE))
+    with namespace_with_tun(DEVICE) as made:
         made.ip("addr", "add", "10.244.5.0/32", "dev", DEVICE)
         made.ip("link", "set", DEVICE, "up")
         yield made
-        tun.close()
 
 
 def write(

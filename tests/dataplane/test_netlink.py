@@ -17,9 +17,8 @@ import pytest
 
 from pyflannel.dataplane.interface import Reach
 from pyflannel.dataplane.netlink import Netlink
-from pyflannel.dataplane.tun import Tun
 from tests.lab.hosts import Namespace
-from tests.lab.inside import inside, lone_namespace
+from tests.lab.inside import inside, namespace_with_tun
 from tests.lab.require import require_program, require_root
 
 T = TypeVar("T")
@@ -33,15 +32,9 @@ OWN = IPv4Address("10.244.5.0")
 def host() -> Iterator[Namespace]:
     require_root()
     require_program("ip")
-    with lone_namespace() as made:
-        made.ip("link", "add", "eth0", "type", "veth", "peer", "name", "veth0")
-        for name in ("eth0", "veth0"):
-            made.ip("link", "set", name, "up")
-        made.ip("addr", "add", "192.0.2.11/24", "dev", "eth0")
-        tun = inside(made, lambda: Tun.open(DEVICE))
+    with namespace_with_tun(DEVICE) as made:
         configure(made, OWN)
         yield made
-        tun.close()
 
 
 def ask(host: Namespace, question: Callable[[Netlink], Awaitable[T]]) -> T:

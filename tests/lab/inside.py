@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
+from pyflannel.dataplane.tun import Tun
 from tests.lab.hosts import Namespace, run
 
 T = TypeVar("T")
@@ -49,3 +50,18 @@ def lone_namespace() -> Iterator[Namespace]:
         yield namespace
     finally:
         namespace.close()
+
+
+@contextmanager
+def namespace_with_tun(device: str) -> Iterator[Namespace]:
+    """Make a namespace with an underlay, eth0 192.0.2.11/24, and a TUN that somebody serves."""
+    with lone_namespace() as made:
+        made.ip("link", "add", "eth0", "type", "veth", "peer", "name", "veth0")
+        for name in ("eth0", "veth0"):
+            made.ip("link", "set", name, "up")
+        made.ip("addr", "add", "192.0.2.11/24", "dev", "eth0")
+        tun = inside(made, lambda: Tun.open(device))
+        try:
+            yield made
+        finally:
+            tun.close()
