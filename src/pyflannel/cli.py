@@ -29,13 +29,13 @@ def _doctor(argv: Sequence[str]) -> int:
 
 
 COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {
-    "docker-opts": docker_opts.main,
-    "doctor": _doctor,
-    "leases": show.leases_main,
-    "peers": show.peers_main,
-    "reload": show.reload_main,
     "status": show.status_main,
+    "peers": show.peers_main,
+    "leases": show.leases_main,
     "trace": show.trace_main,
+    "doctor": _doctor,
+    "reload": show.reload_main,
+    "docker-opts": docker_opts.main,
 }
 """Sub-commands: what runs each on the words behind its name, and returns the exit code."""
 

@@ -11,11 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pyflannel.options import HelpRequested, Options, UsageError, parse_options, takes_next_word
-
-USAGE_END = """
-  --json      print JSON instead of a table
-  --vni N     choose one of several daemons on this host
-and the daemon's flags, such as --control-dir; see pyflannel-udp --help"""
+from pyflannel.usage import command_help, own_flags, synopsis, word_count
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +24,8 @@ class Command:
     vni: int | None
 
 
-def parse_command(argv: Sequence[str], usage: str, words: int = 0) -> Command:
-    """Read a sub-command's words, of which `words` are no flags.
+def parse_command(argv: Sequence[str], name: str) -> Command:
+    """Read the words behind the name of a sub-command that takes the daemon's flags.
 
     Raises UsageError, HelpRequested or Refusal.
     """
@@ -39,14 +35,14 @@ def parse_command(argv: Sequence[str], usage: str, words: int = 0) -> Command:
     rest = list(argv)
     while rest:
         word = rest.pop(0)
-        name, equals, value = word.removeprefix("-").removeprefix("-").partition("=")
+        flag, equals, value = word.removeprefix("-").removeprefix("-").partition("=")
         if not word.startswith("-"):
             ours.append(word)
-        elif name in ("help", "h"):
-            raise HelpRequested(f"Usage: pyflannel-udp {usage}\n{USAGE_END}")
-        elif name == "json" and not equals:
+        elif flag in ("help", "h"):
+            raise HelpRequested(command_help(name))
+        elif flag == "json" and not equals and "--json" in own_flags(name):
             as_json = True
-        elif name == "vni":
+        elif flag == "vni":
             text = value if equals or not rest else rest.pop(0)
             if not text.isdecimal():
                 raise UsageError(f"--vni {text!r}: must be a whole number")
@@ -55,6 +51,6 @@ def parse_command(argv: Sequence[str], usage: str, words: int = 0) -> Command:
             flags.append(word)
             if takes_next_word(word) and rest:
                 flags.append(rest.pop(0))
-    if len(ours) != words:
-        raise UsageError(f"usage: pyflannel-udp {usage.splitlines()[0]}")
+    if len(ours) != word_count(name):
+        raise UsageError(f"usage: pyflannel-udp {synopsis(name)}; see {name} --help")
     return Command(parse_options(flags, os.environ), tuple(ours), as_json, vni)

@@ -16,18 +16,7 @@ from pathlib import Path
 
 from pyflannel.control.subnet_file import variables_untrusted, write_atomically
 from pyflannel.dataplane.refusal import Refusal
-
-USAGE = """\
-Usage: pyflannel-udp docker-opts [-f FILE] [-d FILE] [-i] [-c] [-m] [-k NAME]
-
-Writes the Docker daemon's options for this host's subnet to an environment file.
-
-  -f FILE  subnet file to read (default /run/flannel/subnet.env)
-  -d FILE  environment file to write (default /run/docker_opts.env)
-  -i       each option as a variable: DOCKER_OPT_BIP, DOCKER_OPT_IPMASQ, DOCKER_OPT_MTU
-  -c       all options as one variable; -i and -c are both on when neither is given
-  -k NAME  name of that one variable (default DOCKER_OPTS)
-  -m       leave --ip-masq out"""
+from pyflannel.usage import command_help
 
 ROUTES = Path("/proc/net/route")
 
@@ -90,7 +79,7 @@ def main(argv: Sequence[str]) -> int:
         return 2
     given = dict(pairs)
     if given.keys() & {"-h", "--help"}:
-        print(USAGE)
+        print(command_help("docker-opts"))
         return 0
     source = Path(given.get("-f", "/run/flannel/subnet.env"))
     target = Path(given.get("-d", "/run/docker_opts.env"))

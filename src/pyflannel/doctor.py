@@ -32,12 +32,6 @@ from pyflannel.etcd_access import ask_etcd
 from pyflannel.finding import Finding, failure
 from pyflannel.overlay import OVERHEAD_BYTES, Underlying, choose_underlay
 
-USAGE = """doctor [--json]
-
-Checks whether this host can be a node, or is a good one: device file, capabilities, UDP port,
-leftover kernel devices, firewall, kernel settings, etcd, configuration, clock, leases, the way to
-each peer and its VTEP. Exit code 0: nothing found, 1: warnings, 2: a failure."""
-
 ANY_NETWORK = IPv4Network("0.0.0.0/0")
 MACHINE_ID = Path("/etc/machine-id")
 
@@ -62,7 +56,7 @@ class Report:
 
 def main(argv: Sequence[str]) -> int:
     """Examine and print; return the exit code."""
-    command = parse_command(argv, USAGE)
+    command = parse_command(argv, "doctor")
     # What is amiss is told once, as a finding.
     logging.getLogger("pyflannel").setLevel(logging.CRITICAL)
     report = asyncio.run(examine(command))

@@ -28,8 +28,7 @@ def _show(command: Command, value: Any, table: Callable[[Any], Iterable[str]]) -
 
 def status_main(argv: Sequence[str]) -> int:
     """Print the state of the node; 1 while it is not ready."""
-    usage = "status [--json]\n\nShows lease, etcd, devices and peers of the daemon on this host;"
-    command = parse_command(argv, f"{usage}\nexit code 1 while the node is not ready.")
+    command = parse_command(argv, "status")
     value = ask(find_socket(command.options.control_dir, command.vni), "status")
     _show(command, value, status_lines)
     return 0 if value["ready"] else 1
@@ -37,15 +36,14 @@ def status_main(argv: Sequence[str]) -> int:
 
 def peers_main(argv: Sequence[str]) -> int:
     """Print every peer."""
-    command = parse_command(argv, "peers [--json]\n\nShows every peer with its counters.")
+    command = parse_command(argv, "peers")
     value = ask(find_socket(command.options.control_dir, command.vni), "peers")
     return _show(command, value, peer_lines)
 
 
 def trace_main(argv: Sequence[str]) -> int:
     """Print what would become of a packet; 1 if it would not be sent into the overlay."""
-    usage = "trace ADDRESS [--json]\n\nTells by which routes a packet to ADDRESS would go, and if"
-    command = parse_command(argv, f"{usage}\nnot into the overlay, why (exit code 1).", words=1)
+    command = parse_command(argv, "trace")
     path = find_socket(command.options.control_dir, command.vni)
     value = ask(path, "trace", address=command.words[0])
     _show(command, value, trace_lines)
@@ -54,8 +52,7 @@ def trace_main(argv: Sequence[str]) -> int:
 
 def leases_main(argv: Sequence[str]) -> int:
     """Print all leases of the network."""
-    usage = "leases [--json]\n\nShows all leases, as the daemon knows them or, where none runs, as"
-    command = parse_command(argv, f"{usage}\netcd has them (--etcd-endpoints, --etcd-prefix).")
+    command = parse_command(argv, "leases")
     return _show(command, _leases(command), lease_lines)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,17 +14,16 @@ import pytest
 
 from pyflannel import cli
 from pyflannel.dataplane.refusal import Refusal
+from pyflannel.flags import FLAGS, Flag
 from pyflannel.options import (
-    FLAGS,
-    Flag,
     HelpRequested,
     Options,
     UsageError,
     VersionRequested,
-    help_text,
     parse_options,
     unserved_flags,
 )
+from pyflannel.usage import SUBCOMMANDS, WIDTH, help_text
 
 VALUED = [flag for flag in FLAGS if flag.name != "version" and not flag.is_boolean]
 BOOLEAN = [flag for flag in FLAGS if flag.name != "version" and flag.is_boolean]
@@ -244,10 +244,26 @@ def test_help_names_every_flag_with_its_default(word: str) -> None:
         parse(word)
     text = str(caught.value)
     assert text == help_text()
+    entries = [" ".join(x.split()) for x in re.split(r"\n(?=\n|  \S)", text)]
     for flag in FLAGS:
-        (line,) = [x for x in text.splitlines() if x.startswith(f"  --{flag.name} ")]
-        assert not flag.default or f"(default {flag.default})" in line
-        assert ("may be repeated" in line) == flag.repeatable
+        (entry,) = [x for x in entries if x.split()[:1] == [f"--{flag.name}"]]
+        assert flag.help in entry
+        assert not flag.default or f"(default {flag.default})" in entry
+        assert ("may be repeated" in entry) == flag.repeatable
+    assert max(map(len, text.splitlines())) <= WIDTH
+
+
+def test_help_names_every_command_and_each_has_a_help_of_its_own(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert [command.name for command in SUBCOMMANDS] == list(cli.COMMANDS)
+    for command in SUBCOMMANDS:
+        assert f"\n  {command.synopsis} " in help_text()
+        assert cli.main([command.name, "--help"]) == 0
+        printed = capsys.readouterr().out
+        assert printed.startswith(f"Usage: pyflannel-udp {command.synopsis}")
+        for own in command.flags:
+            assert f"\n  {own.left} " in printed
 
 
 def test_version_is_asked_for() -> None:
