@@ -13,15 +13,15 @@ import struct
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
-from ipaddress import IPv4Address
 from pathlib import Path
 
 from pyflannel.dataplane.inheritance import Inheritance
 from pyflannel.dataplane.offload import NO_OFFLOAD, Offload
 from pyflannel.dataplane.refusal import Refusal
+from pyflannel.dataplane.route import IPAddress
 
 _BUFFER_BYTES = 8 << 20
-_TTL = 64
+_HOPS = 64
 
 # asm-generic/socket.h
 _SO_ATTACH_FILTER = 26
@@ -30,9 +30,11 @@ _SO_RCVBUFFORCE = 33
 # linux/udp.h
 _UDP_SEGMENT = 103
 _UDP_GRO = 104
-# linux/in.h; the socket module has these names only in some Python versions
+# linux/in.h, linux/in6.h; the socket module has these names only in some Python versions
 _IP_MTU_DISCOVER = 10
-_IP_PMTUDISC_DONT = 0
+_IPV6_MTU_DISCOVER = 23
+_PMTUDISC_DONT = 0
+_IPV6_AUTOFLOWLABEL = 70
 
 _BPF_RETURN_CONSTANT = 0x06
 
@@ -40,11 +42,51 @@ _BPF_RETURN_CONSTANT = 0x06
 _PROC_NET = Path("/proc/thread-self/net")
 
 
+@dataclass(frozen=True, slots=True)
+class _Family:
+    """What sockets of one address family are given: (level, option, value)."""
+
+    number: socket.AddressFamily
+    proc_tables: tuple[str, ...]
+    """Where those are listed that would keep us from a port."""
+    receive: tuple[tuple[int, int, int], ...]
+    send: tuple[tuple[int, int, int], ...]
+
+
+# The outer header's ECN arrives as ancillary data (RFC 6040). What is sent is as the kernel's vxlan
+# device sends it: DF clear (the default of a socket sets it), no flow label, and a UDP checksum,
+# which a socket computes unless told otherwise.
+_FAMILIES = {
+    4: _Family(
+        socket.AF_INET,
+        ("udp", "udp6"),
+        receive=((socket.IPPROTO_IP, socket.IP_RECVTOS, 1),),
+        send=(
+            (socket.IPPROTO_IP, _IP_MTU_DISCOVER, _PMTUDISC_DONT),
+            (socket.IPPROTO_IP, socket.IP_TTL, _HOPS),
+        ),
+    ),
+    6: _Family(
+        socket.AF_INET6,
+        ("udp6",),
+        receive=(
+            (socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1),
+            (socket.IPPROTO_IPV6, socket.IPV6_RECVTCLASS, 1),
+        ),
+        send=(
+            (socket.IPPROTO_IPV6, _IPV6_MTU_DISCOVER, _PMTUDISC_DONT),
+            (socket.IPPROTO_IPV6, socket.IPV6_UNICAST_HOPS, _HOPS),
+            (socket.IPPROTO_IPV6, _IPV6_AUTOFLOWLABEL, 0),
+        ),
+    ),
+}
+
+
 class Underlay:
     """One receive socket on the VXLAN port, several send sockets, and the instance lock.
 
-    `is_adopted` tells whether the receive socket was inherited. All descriptors are IPv4,
-    non-blocking, and owned by this object.
+    `is_adopted` tells whether the receive socket was inherited. All descriptors are of one address
+    family, non-blocking, and owned by this object.
     """
 
     __slots__ = ("_closing", "_senders", "is_adopted", "lock_fd", "offload", "receive_fd")
@@ -70,7 +112,7 @@ class Underlay:
     def open(
         cls,
         interface_name: str,
-        address: IPv4Address,
+        address: IPAddress,
         port: int,
         send_sockets: int,
         *,
@@ -80,7 +122,8 @@ class Underlay:
     ) -> Underlay:
         """Bind `port` on every address, and `send_sockets` sockets on `address` of the interface.
 
-        What is in `inherited` is used instead of binding anew, so nothing queued in it is lost.
+        The family of `address` is that of all sockets. What is in `inherited` is used instead of
+        binding anew, so nothing queued in it is lost.
 
         `vxlan_devices` names the kernel vxlan devices that are up on `port`; they are named in
         the refusal when the port is taken. `offload` None uses Offload.GSO and Offload.GRO where
@@ -88,9 +131,12 @@ class Underlay:
         for, and then leaves nothing open.
         """
         with ExitStack() as opened:
+            family = _FAMILIES[address.version]
             old = _take(inherited or Inheritance(), port, address)
-            lock = opened.enter_context(old.lock or _instance_lock(port))
-            receive = opened.enter_context(old.receive or _receive_socket(port, vxlan_devices))
+            lock = opened.enter_context(old.lock or _instance_lock(port, address.version))
+            receive = opened.enter_context(
+                old.receive or _receive_socket(family, port, vxlan_devices)
+            )
             senders = opened.enter_context(
                 _Senders(old.senders)
                 if old.senders
@@ -112,7 +158,7 @@ class Underlay:
         """The sockets to send from; others after `rebind`."""
         return tuple(one.fileno() for one in self._senders.sockets)
 
-    def rebind(self, interface_name: str, address: IPv4Address) -> AbstractContextManager[object]:
+    def rebind(self, interface_name: str, address: IPAddress) -> AbstractContextManager[object]:
         """Send from another address; the sockets so far are closed when the result is left.
 
         Refusal when that cannot be, and then everything stays.
@@ -134,10 +180,12 @@ class _Senders:
         self.sockets = sockets
 
     @classmethod
-    def open(cls, interface_name: str, address: IPv4Address, count: int) -> _Senders:
+    def open(cls, interface_name: str, address: IPAddress, count: int) -> _Senders:
+        family = _FAMILIES[address.version]
         with ExitStack() as opened:
             sockets = [
-                opened.enter_context(_send_socket(interface_name, address)) for _ in range(count)
+                opened.enter_context(_send_socket(family, interface_name, address))
+                for _ in range(count)
             ]
             opened.pop_all()
             return cls(sockets)
@@ -157,23 +205,23 @@ class _Taken:
     senders: Sequence[socket.socket]
 
 
-def _take(inherited: Inheritance, port: int, address: IPv4Address) -> _Taken:
+def _take(inherited: Inheritance, port: int, address: IPAddress) -> _Taken:
     """Take what is there of the sockets for this port and address."""
-    name = b"\0" + _lock_name(port).encode()
-    family = socket.AF_INET if address.version == 4 else socket.AF_INET6
+    name = b"\0" + _lock_name(port, address.version).encode()
+    family = _FAMILIES[address.version].number
     locks = inherited.take_sockets(socket.AF_UNIX, socket.SOCK_STREAM, lambda own: own == name)
     receive = inherited.take_sockets(family, socket.SOCK_DGRAM, lambda own: own[1] == port)
     senders = inherited.take_sockets(family, socket.SOCK_DGRAM, lambda own: own[0] == str(address))
     return _Taken(next(iter(locks), None), next(iter(receive), None), senders)
 
 
-def _lock_name(port: int) -> str:
-    return f"pyflannel-udp/{port}"
+def _lock_name(port: int, version: int) -> str:
+    return f"pyflannel-udp/{port}" if version == 4 else f"pyflannel-udp/{port}/ipv6"
 
 
-def _instance_lock(port: int) -> socket.socket:
-    """Hold `@pyflannel-udp/<port>`, an abstract name and so one per network namespace."""
-    name = _lock_name(port)
+def _instance_lock(port: int, version: int) -> socket.socket:
+    """Hold an abstract name, of which there is one in each network namespace."""
+    name = _lock_name(port, version)
     lock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         lock.bind(f"\0{name}")
@@ -188,17 +236,17 @@ def _instance_lock(port: int) -> socket.socket:
     return lock
 
 
-def _receive_socket(port: int, vxlan_devices: Collection[str]) -> socket.socket:
-    receive = _udp_socket()
+def _receive_socket(family: _Family, port: int, vxlan_devices: Collection[str]) -> socket.socket:
+    receive = _udp_socket(family)
     try:
-        # ECN of the outer header arrives as ancillary data (RFC 6040)
-        receive.setsockopt(socket.IPPROTO_IP, socket.IP_RECVTOS, 1)
+        for option in family.receive:
+            receive.setsockopt(*option)
         _set_buffer(receive, _SO_RCVBUFFORCE, socket.SO_RCVBUF)
         receive.bind(("", port))
     except OSError as error:
         receive.close()
         if error.errno == errno.EADDRINUSE:
-            raise _port_taken(port, vxlan_devices) from None
+            raise _port_taken(family, port, vxlan_devices) from None
         if error.errno == errno.EACCES:
             raise Refusal(
                 f"binding UDP port {port} is not permitted: run as root or with "
@@ -208,15 +256,14 @@ def _receive_socket(port: int, vxlan_devices: Collection[str]) -> socket.socket:
     return receive
 
 
-def _send_socket(interface_name: str, address: IPv4Address) -> socket.socket:
-    send = _udp_socket()
+def _send_socket(family: _Family, interface_name: str, address: IPAddress) -> socket.socket:
+    send = _udp_socket(family)
     try:
         # Before bind: nothing that is sent to our source port may queue up here.
         _drop_all_received(send)
         send.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, interface_name.encode())
-        # The kernel's vxlan device leaves DF clear; the default of a socket sets it.
-        send.setsockopt(socket.IPPROTO_IP, _IP_MTU_DISCOVER, _IP_PMTUDISC_DONT)
-        send.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, _TTL)
+        for option in family.send:
+            send.setsockopt(*option)
         _set_buffer(send, _SO_SNDBUFFORCE, socket.SO_SNDBUF)
         send.bind((str(address), 0))
     except OSError as error:
@@ -258,8 +305,15 @@ def _agree(
     return one
 
 
-def _udp_socket() -> socket.socket:
-    return socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+def _udp_socket(family: _Family) -> socket.socket:
+    try:
+        return socket.socket(family.number, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+    except OSError as error:
+        if error.errno != errno.EAFNOSUPPORT:
+            raise
+        raise Refusal(
+            "this kernel has no IPv6: boot it without ipv6.disable=1, or set EnableIPv6 to false"
+        ) from None
 
 
 def _set_buffer(udp: socket.socket, forced: int, limited: int) -> None:
@@ -276,7 +330,7 @@ def _drop_all_received(udp: socket.socket) -> None:
     udp.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, fprog)
 
 
-def _port_taken(port: int, vxlan_devices: Collection[str]) -> Refusal:
+def _port_taken(family: _Family, port: int, vxlan_devices: Collection[str]) -> Refusal:
     if vxlan_devices:
         name = min(vxlan_devices)
         return Refusal(
@@ -284,7 +338,7 @@ def _port_taken(port: int, vxlan_devices: Collection[str]) -> Refusal:
             f"{', '.join(sorted(vxlan_devices))}: stop what made it (flanneld?) and delete it "
             f"with `ip link delete {name}`"
         )
-    holders = processes(udp_inodes(port))
+    holders = processes(udp_inodes(port, family.proc_tables))
     if holders:
         return Refusal(f"UDP port {port} is held by {', '.join(holders)}: stop it first")
     return Refusal(
@@ -293,10 +347,10 @@ def _port_taken(port: int, vxlan_devices: Collection[str]) -> Refusal:
     )
 
 
-def udp_inodes(port: int) -> set[str]:
-    """Return the inodes of the UDP sockets on the port, of both families (proc(5))."""
+def udp_inodes(port: int, tables: Sequence[str] = ("udp", "udp6")) -> set[str]:
+    """Return the inodes of the UDP sockets on the port that these tables list (proc(5))."""
     inodes = set()
-    for table in ("udp", "udp6"):
+    for table in tables:
         for fields in _proc_net_rows(table):
             if int(fields[1].rpartition(":")[2], 16) == port:
                 inodes.add(fields[9])
