@@ -21,6 +21,7 @@ from tests.lab.hosts import (
     ping,
     wait_until,
 )
+from tests.lab.kernel_node import program_kernel_node, start_kernel_node
 
 KERNEL_SUBNET = IPv4Network("10.244.200.0/24")
 KERNEL_MAC = "0a:00:00:00:00:03"
@@ -48,8 +49,8 @@ def start_nodes(made: Lab, kernel: bool) -> None:
         say(f"pyflannel-udp            on {host.address}, {host.subnet_env()['FLANNEL_SUBNET']}")
     if kernel:
         host = made.hosts[2]
-        made.start_kernel_node(host, KERNEL_SUBNET, KERNEL_MAC)
-        made.program_kernel_node(host)
+        start_kernel_node(made, host, KERNEL_SUBNET, KERNEL_MAC)
+        program_kernel_node(made, host)
         say(f"kernel vxlan node        on {host.address}, {host.subnet_env()['FLANNEL_SUBNET']}")
     else:
         say("this kernel has no vxlan device: all three hosts run pyflannel-udp")

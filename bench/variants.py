@@ -18,6 +18,7 @@ from pathlib import Path
 
 from bench.openvswitch import start_openvswitch
 from tests.lab.hosts import UNDERLAYS, Host, Lab, ping, run, wait_until
+from tests.lab.kernel_node import program_kernel_node, start_kernel_node
 
 BENCH = Path(__file__).parent
 TUN_ADDRESSES = (IPv4Address("10.245.0.1"), IPv4Address("10.245.0.2"))
@@ -124,10 +125,10 @@ def _plain(made: Lab, variant: Variant) -> IPv4Address:
 def _kernel(made: Lab, variant: Variant) -> IPv4Address:
     made.start_etcd()
     for host, (subnet, mac) in zip(made.hosts, KERNEL_NODES):
-        made.start_kernel_node(host, subnet, mac)
+        start_kernel_node(made, host, subnet, mac)
     made.add_leases(variant.peers - 1)
     for host in made.hosts:
-        made.program_kernel_node(host)
+        program_kernel_node(made, host)
     return KERNEL_NODES[1][0].network_address
 
 

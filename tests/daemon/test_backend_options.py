@@ -23,6 +23,7 @@ from tests.lab.hosts import (
     ping,
     wait_until,
 )
+from tests.lab.kernel_node import program_kernel_node, start_kernel_node
 from tests.lab.require import require_program, require_root
 
 DIRECT = '{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan","DirectRouting":true}}'
@@ -109,10 +110,16 @@ def test_vni_port_and_mtu_with_a_kernel_node_as_in_the_golden_files(made: Lab) -
     )
     h1, _, kernel = made.hosts
     made.start_daemon(h1)
-    made.start_kernel_node(
-        kernel, IPv4Network("10.245.16.64/26"), "0a:00:00:00:00:03", vni=42, port=4789, mtu=1350
+    start_kernel_node(
+        made,
+        kernel,
+        IPv4Network("10.245.16.64/26"),
+        "0a:00:00:00:00:03",
+        vni=42,
+        port=4789,
+        mtu=1350,
     )
-    made.program_kernel_node(kernel, vni=42)
+    program_kernel_node(made, kernel, vni=42)
     ours, theirs = made.add_container(h1), made.add_container(kernel)
     wait_until(
         lambda: "10.245.16.64/26 via 10.245.16.64 dev flannel.42 onlink" in h1.ip("route"),

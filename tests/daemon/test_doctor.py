@@ -28,6 +28,7 @@ from tests.lab.hosts import (
     lab,
     wait_until,
 )
+from tests.lab.kernel_node import program_kernel_node, start_kernel_node
 from tests.lab.require import require_program, require_root
 
 ETCD = f"http://{SWITCH_ADDRESS}:{ETCD_PORT}"
@@ -56,8 +57,8 @@ def made() -> Iterator[Lab]:
     with lab(3) as made:
         made.put_config(CONFIG)
         made.start_daemon(made.hosts[1])
-        made.start_kernel_node(made.hosts[2], KERNEL_SUBNET, KERNEL_MAC)
-        made.program_kernel_node(made.hosts[2])
+        start_kernel_node(made, made.hosts[2], KERNEL_SUBNET, KERNEL_MAC)
+        program_kernel_node(made, made.hosts[2])
         yield made
 
 
@@ -130,7 +131,7 @@ def test_nothing_is_found_on_a_node_whose_peers_answer_over_the_overlay(
     made: Lab, patient: Host
 ) -> None:
     made.start_daemon(patient)
-    made.program_kernel_node(made.hosts[2])
+    program_kernel_node(made, made.hosts[2])
     wait_until(lambda: str(KERNEL_SUBNET) in patient.ip("route"), "the kernel node is known")
     _, found = _doctor(patient)
     assert "vteps" in found

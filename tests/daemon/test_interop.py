@@ -27,6 +27,7 @@ from tests.lab.hosts import (
     ping,
     wait_until,
 )
+from tests.lab.kernel_node import program_kernel_node, start_kernel_node
 from tests.lab.require import require_program, require_root
 from tests.lab.wire import UDP_HEADER, tap
 
@@ -49,7 +50,7 @@ def made() -> Iterator[Lab]:
         )
         ours = made.hosts[0]
         made.start_daemon(ours)
-        start_kernel_node(made)
+        start_kernel(made)
         for host in made.hosts:
             made.add_container(host)
         wait_until(lambda: KERNEL_ROUTE in ours.ip("route"), "the route to the kernel node")
@@ -57,10 +58,10 @@ def made() -> Iterator[Lab]:
         yield made
 
 
-def start_kernel_node(made: Lab, mac: str = KERNEL_MAC) -> None:
+def start_kernel(made: Lab, mac: str = KERNEL_MAC) -> None:
     kernel = made.hosts[1]
-    made.start_kernel_node(kernel, KERNEL_SUBNET, mac, vni=VNI, port=PORT, flags=("noudpcsum",))
-    made.program_kernel_node(kernel, vni=VNI)
+    start_kernel_node(made, kernel, KERNEL_SUBNET, mac, vni=VNI, port=PORT, flags=("noudpcsum",))
+    program_kernel_node(made, kernel, vni=VNI)
 
 
 def ends(made: Lab) -> tuple[tuple[Namespace, IPv4Address], tuple[Namespace, IPv4Address]]:
@@ -169,7 +170,7 @@ def test_the_kernel_nodes_mac_changes_while_packets_flow(made: Lab) -> None:
             made.etcdctl("put", KERNEL_KEY, value.replace(KERNEL_MAC, mac))
             kernel.ip("link", "set", DEVICE, "address", mac)
             # With its MAC a kernel device loses its neighbours, the permanent ones too.
-            made.program_kernel_node(kernel, vni=VNI)
+            program_kernel_node(made, kernel, vni=VNI)
             wait_until(partial(is_sent_to, made, mac), "we send to the new MAC")
             for _ in range(20):
                 assert ping(source, target)
@@ -202,7 +203,7 @@ def test_our_mac_changes(made: Lab) -> None:
     assert before.keys() == after.keys()
     (data,) = [x["BackendData"] for x in after.values() if x["PublicIP"] == str(ours.address)]
     assert data == {"VNI": VNI, "VtepMAC": "0a:00:00:00:00:21"}
-    made.program_kernel_node(kernel, vni=VNI)
+    program_kernel_node(made, kernel, vni=VNI)
     assert answered(made)
 
 
@@ -211,7 +212,7 @@ def test_the_kernel_node_is_made_anew(made: Lab) -> None:
     kernel.ip("link", "del", DEVICE)
     (source, target), _ = ends(made)
     assert not ping(source, target)
-    start_kernel_node(made)
+    start_kernel(made)
     wait_until(lambda: answered(made), "traffic with the new device", 10)
 
 

@@ -11,6 +11,7 @@ from ipaddress import IPv4Network
 import pytest
 
 from tests.lab.hosts import SWITCH_ADDRESS, Lab, container_address, lab, ping, wait_until
+from tests.lab.kernel_node import program_kernel_node, start_kernel_node
 from tests.lab.require import require_program, require_root
 
 PUBLIC = "198.51.100.7"
@@ -49,8 +50,8 @@ def test_host_behind_nat(made: Lab) -> None:
     _translate(made)
     h1, h2 = made.hosts
     made.start_daemon(h1, "--public-ip", PUBLIC)
-    made.start_kernel_node(h2, KERNEL_SUBNET, "0a:00:00:00:00:03")
-    made.program_kernel_node(h2)
+    start_kernel_node(made, h2, KERNEL_SUBNET, "0a:00:00:00:00:03")
+    program_kernel_node(made, h2)
     containers = [made.add_container(host) for host in (h1, h2)]
     wait_until(lambda: str(KERNEL_SUBNET) in h1.ip("route"), "the route to the kernel node")
     (lease,) = [x for key, x in made.leases().items() if not key.startswith("10.244.200.")]

@@ -26,6 +26,7 @@ from tests.lab.hosts import (
     ping,
     wait_until,
 )
+from tests.lab.kernel_node import program_kernel_node, start_kernel_node
 from tests.lab.require import require_program, require_root
 
 KERNEL_SUBNET = IPv4Network("10.244.200.0/24")
@@ -41,8 +42,8 @@ def overlay() -> Iterator[Lab]:
         made.put_config()
         for host in made.hosts[:2]:
             made.start_daemon(host)
-        made.start_kernel_node(made.hosts[2], KERNEL_SUBNET, KERNEL_MAC)
-        made.program_kernel_node(made.hosts[2])
+        start_kernel_node(made, made.hosts[2], KERNEL_SUBNET, KERNEL_MAC)
+        program_kernel_node(made, made.hosts[2])
         for host in made.hosts:
             made.add_container(host)
         base = f"{KERNEL_SUBNET} via {KERNEL_SUBNET[0]} dev flannel.1 onlink"

@@ -19,6 +19,7 @@ from scapy.packet import Packet, raw
 from tests.dataplane.twin import checksum
 from tests.lab.hosts import PREFIX, Host, Lab, lab, wait_until
 from tests.lab.inside import inside
+from tests.lab.kernel_node import program_kernel_node, start_kernel_node
 from tests.lab.require import require_program, require_root
 from tests.lab.wire import send_packet, tap
 
@@ -124,8 +125,8 @@ def test_a_packet_of_ours_is_the_kernels_byte_for_byte(made: Lab) -> None:
     host.stop(daemon)
     host.ip("link", "del", "flannel.1")
 
-    made.start_kernel_node(host, IPv4Network("10.244.77.0/24"), mac)
-    made.program_kernel_node(host)
+    start_kernel_node(made, host, IPv4Network("10.244.77.0/24"), mac)
+    program_kernel_node(made, host)
     kernels = captured(made, packets)
     for packet, our, kernel in zip(packets, ours, kernels, strict=True):
         assert our[64:] == packet

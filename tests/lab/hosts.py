@@ -5,6 +5,8 @@
             eth0     eth0     eth0      192.168.77.11, .12, .13
             h1       h2       h3        each with a "container" c1.. behind cni0
 
+In a dual-stack lab the underlay has fd77::/64 as well: fd77::1 and fd77::b, ::c, ::d.
+
 The underlay is wire-sized unless a lab is made with another of UNDERLAYS: segmentation and checksum
 offloads of every veth end are off, so frames are MTU-sized and every checksum is real.
 """
@@ -23,16 +25,21 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from ipaddress import IPv4Address, IPv4Interface, IPv4Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_interface
 from pathlib import Path
 from types import FrameType
+
+from pyflannel.dataplane.route import IPAddress
 
 ETCD_PORT = 2379
 PREFIX = "/coreos.com/network"
 UNDERLAY = IPv4Network("192.168.77.0/24")
+UNDERLAY_V6 = IPv6Network("fd77::/64")
 CABLE = IPv4Network("192.168.78.0/30")
 SWITCH_ADDRESS = UNDERLAY[1]
+SWITCH_ADDRESS_V6 = UNDERLAY_V6[1]
 DEADLINE_SECONDS = 30.0
+SUBNET_VARIABLES = {4: "FLANNEL_SUBNET", 6: "FLANNEL_IPV6_SUBNET"}
 MAX_TXN_PUTS = 128  # etcd's own default limit
 
 NO_SEGMENTATION = ("tso", "off", "gso", "off", "tx-udp-segmentation", "off")
@@ -152,9 +159,13 @@ class Namespace:
 
 @dataclass
 class Host(Namespace):
-    """A namespace with eth0 on the switch; `iface` carries the overlay, from `address`."""
+    """A namespace with eth0 on the switch; `iface` carries the overlay, from `address`.
+
+    It has `address_v6` in dual-stack labs only.
+    """
 
     address: IPv4Address = SWITCH_ADDRESS
+    address_v6: IPv6Address = SWITCH_ADDRESS_V6
     iface: str = "eth0"
     folder: Path = Path()
     container: Namespace | None = None
@@ -178,8 +189,9 @@ class Host(Namespace):
 class Lab:
     """A switch and hosts; everything is gone after `close`."""
 
-    def __init__(self, underlay: Underlay = WIRE_SIZED) -> None:
+    def __init__(self, underlay: Underlay = WIRE_SIZED, *, dual_stack: bool = False) -> None:
         self.underlay = underlay
+        self._dual_stack = dual_stack
         self._stack = ExitStack()
         self._tag = f"pfu-{secrets.token_hex(3)}"
         self.folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix=self._tag)))
@@ -191,7 +203,7 @@ class Lab:
         """Make the switch; the first step."""
         self._add(self.switch)
         self.switch.ip("link", "add", "br0", "type", "bridge")
-        self.switch.ip("addr", "add", f"{SWITCH_ADDRESS}/24", "dev", "br0")
+        self._address(self.switch, "br0", 1)
         self.switch.ip("link", "set", "br0", "up")
 
     def _add(self, namespace: Namespace) -> None:
@@ -202,6 +214,14 @@ class Lab:
         namespace.exec("sysctl", "-qw", "net.ipv4.ip_forward=1")
         for name in ("all", "default"):
             namespace.exec("sysctl", "-qw", f"net.ipv4.conf.{name}.rp_filter=0")
+        if self._dual_stack:
+            namespace.exec("sysctl", "-qw", "net.ipv6.conf.all.forwarding=1")
+
+    def _address(self, namespace: Namespace, device: str, number: int) -> None:
+        """Give a device its addresses in the underlay."""
+        _add_address(namespace, device, UNDERLAY[number], UNDERLAY.prefixlen)
+        if self._dual_stack:
+            _add_address(namespace, device, UNDERLAY_V6[number], UNDERLAY_V6.prefixlen)
 
     def close(self) -> None:
         """Stop and remove everything."""
@@ -212,14 +232,21 @@ class Lab:
         number = len(self.hosts) + 1
         folder = self.folder / f"h{number}"
         folder.mkdir()
-        host = Host(f"{self._tag}-h{number}", address=UNDERLAY[10 + number], folder=folder)
+        host = Host(
+            f"{self._tag}-h{number}",
+            address=UNDERLAY[10 + number],
+            address_v6=UNDERLAY_V6[10 + number],
+            folder=folder,
+        )
         self._add(host)
         port = f"h{number}"
         self._connect(host, "eth0", self.switch, port)
-        host.ip("addr", "add", f"{host.address}/24", "dev", "eth0")
+        self._address(host, "eth0", 10 + number)
         host.ip("link", "set", "eth0", "up")
         self.switch.ip("link", "set", port, "master", "br0", "up")
         host.ip("route", "add", "default", "via", str(SWITCH_ADDRESS))
+        if self._dual_stack:
+            host.ip("route", "add", "default", "via", str(SWITCH_ADDRESS_V6))
         self.hosts.append(host)
         return host
 
@@ -333,43 +360,6 @@ class Lab:
             assert host.processes[index].poll() is None, host.log.read_text()
         return index
 
-    def start_kernel_node(
-        self,
-        host: Host,
-        subnet: IPv4Network,
-        mac: str,
-        *,
-        vni: int = 1,
-        port: int = 8472,
-        mtu: int = 1450,
-        flags: Sequence[str] = (),
-    ) -> None:
-        """Make a flannel node of the kernel's vxlan device, without peers yet.
-
-        `flags` are further words of `ip link add type vxlan`.
-        """
-        device = f"flannel.{vni}"
-        # fmt: off
-        host.ip("link", "add", device, "address", mac, "type", "vxlan", "id", str(vni), "dev",
-                host.iface, "local", str(host.address), "dstport", str(port), "nolearning",
-                *flags)
-        # fmt: on
-        host.ip("link", "set", device, "mtu", str(mtu), "up")
-        host.ip("addr", "add", f"{subnet.network_address}/32", "dev", device)
-        host.subnet_file.write_text(
-            f"FLANNEL_SUBNET={subnet[1]}/{subnet.prefixlen}\nFLANNEL_MTU={mtu}\n"
-        )
-        data = {"VNI": vni, "VtepMAC": mac}
-        value = {
-            "PublicIP": str(host.address),
-            "PublicIPv6": None,
-            "BackendType": "vxlan",
-            "BackendData": data,
-        }
-        granted = self.etcdctl("lease", "grant", "86400").split()[1]
-        key = f"{PREFIX}/subnets/{subnet.network_address}-{subnet.prefixlen}"
-        self.etcdctl("put", f"--lease={granted}", key, json.dumps(value, separators=(",", ":")))
-
     def add_leases(self, count: int) -> None:
         """Put leases of nodes that do not exist, 10.16.0.0/24 and so on."""
         puts = []
@@ -390,52 +380,44 @@ class Lab:
             # No comparison; what to do when all hold; nothing otherwise.
             self.etcdctl("txn", text=f"\n{batch}\n\n\n")
 
-    def program_kernel_node(self, host: Host, *, vni: int = 1) -> None:
-        """Program every other lease into a kernel node, in flanneld's order for each peer."""
-        device = f"flannel.{vni}"
-        neighbours, fdb, routes = [], [], []
-        for key, value in self.leases().items():
-            address = str(value["PublicIP"])
-            if address == str(host.address):
-                continue
-            base, length = key.split("-")
-            data = value["BackendData"]
-            assert isinstance(data, dict)
-            mac = data["VtepMAC"]
-            neighbours.append(f"neigh replace {base} lladdr {mac} dev {device} nud permanent")
-            fdb.append(f"fdb replace {mac} dev {device} dst {address} self permanent")
-            routes.append(f"route replace {base}/{length} via {base} dev {device} onlink")
-        batch = host.folder / "batch"
-        for program, lines in (("ip", neighbours), ("bridge", fdb), ("ip", routes)):
-            batch.write_text("\n".join(lines) + "\n")
-            host.exec(program, "-batch", str(batch))
-
     def add_container(self, host: Host) -> Namespace:
         """Put a container behind cni0, configured from subnet.env."""
         env = host.subnet_env()
-        gateway, mtu = IPv4Interface(env["FLANNEL_SUBNET"]), env["FLANNEL_MTU"]
+        mtu = env["FLANNEL_MTU"]
         container = Namespace(host.name.replace("-h", "-c"))
         self._add(container)
         host.ip("link", "add", "cni0", "mtu", mtu, "type", "bridge")
-        host.ip("addr", "add", str(gateway), "dev", "cni0")
         host.ip("link", "set", "cni0", "up")
         self._connect(container, "eth0", host, "veth0")
         host.ip("link", "set", "veth0", "mtu", mtu, "master", "cni0", "up")
-        container.ip("addr", "add", f"{gateway.ip + 1}/{gateway.network.prefixlen}", "dev", "eth0")
         container.ip("link", "set", "eth0", "mtu", mtu, "up")
-        container.ip("route", "add", "default", "via", str(gateway.ip))
+        for variable in SUBNET_VARIABLES.values():
+            if variable not in env:
+                continue
+            gateway = ip_interface(env[variable])
+            for namespace, device, address in (
+                (host, "cni0", gateway.ip),
+                (container, "eth0", gateway.ip + 1),
+            ):
+                _add_address(namespace, device, address, gateway.network.prefixlen)
+            container.ip("route", "add", "default", "via", str(gateway.ip))
         host.container = container
         return container
 
 
+def _add_address(namespace: Namespace, device: str, address: IPAddress, length: int) -> None:
+    nodad = ("nodad",) if address.version == 6 else ()
+    namespace.ip("addr", "add", f"{address}/{length}", "dev", device, *nodad)
+
+
 @contextmanager
-def lab(hosts: int, underlay: Underlay = WIRE_SIZED) -> Iterator[Lab]:
+def lab(hosts: int, underlay: Underlay = WIRE_SIZED, *, dual_stack: bool = False) -> Iterator[Lab]:
     """Make a lab with etcd and some hosts; removed in every exit path, SIGTERM too."""
 
     def end(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)
 
-    made = Lab(underlay)
+    made = Lab(underlay, dual_stack=dual_stack)
     old = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     signal.signal(signal.SIGTERM, end)
     try:
@@ -453,12 +435,12 @@ def lab(hosts: int, underlay: Underlay = WIRE_SIZED) -> Iterator[Lab]:
             signal.signal(number, action)
 
 
-def container_address(host: Host) -> IPv4Address:
+def container_address(host: Host, version: int = 4) -> IPAddress:
     """Return the address of the container behind a host."""
-    return IPv4Interface(host.subnet_env()["FLANNEL_SUBNET"]).ip + 1
+    return ip_interface(host.subnet_env()[SUBNET_VARIABLES[version]]).ip + 1
 
 
-def ping(source: Namespace, address: IPv4Address, *flags: Sequence[str] | str) -> bool:
+def ping(source: Namespace, address: IPAddress, *flags: Sequence[str] | str) -> bool:
     """Whether one ping is answered."""
     words = [str(flag) for flag in flags]
     return "1 received" in source.exec(
