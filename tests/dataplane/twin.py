@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address, IPv6Address, ip_network
 
-from pyflannel.dataplane.route import MacAddress, Route
+from pyflannel.dataplane.route import IPAddress, IPNetwork, MacAddress, Route
 
 # RFC 6040, figure 4: result by (inner, outer); None drops.
 _DECAP_ECN: dict[tuple[int, int], int | None] = {
@@ -15,6 +15,12 @@ _DECAP_ECN: dict[tuple[int, int], int | None] = {
     (2, 0): 2, (2, 1): 1, (2, 2): 2, (2, 3): 3,
     (3, 0): 3, (3, 1): 3, (3, 2): 3, (3, 3): 3,
 }  # fmt: skip
+
+_ETHERTYPE = {4: b"\x08\x00", 6: b"\x86\xdd"}
+_NO_SOURCE = {
+    4: ("0.0.0.0/8", "127.0.0.0/8", "224.0.0.0/4", "255.255.255.255/32"),
+    6: ("::/128", "::1/128", "ff00::/8"),
+}
 
 
 def checksum(octets: bytes) -> int:
@@ -28,16 +34,16 @@ def checksum(octets: bytes) -> int:
 
 @dataclass(frozen=True)
 class Twin:
-    """One VTEP with a list of routes."""
+    """One VTEP with a list of routes; inner packets are of the family of `network`."""
 
     vni: int
     mac: MacAddress
-    network: IPv4Network
+    network: IPNetwork
     routes: tuple[Route, ...]
     mode: str = "enforce"
     ignore_reserved: bool = False
 
-    def lookup(self, address: IPv4Address) -> Route | None:
+    def lookup(self, address: IPAddress) -> Route | None:
         """Return the route with the longest prefix, by looking at all."""
         hits = [route for route in self.routes if address in route.subnet]
         return max(hits, key=lambda route: route.subnet.prefixlen, default=None)
@@ -46,23 +52,23 @@ class Twin:
         """Return the datagram and outer ECN, or the drop reason."""
         if not packet or packet[0] >> 4 not in (4, 6):
             return "encap_malformed"
-        if packet[0] >> 4 == 6:
+        if packet[0] >> 4 != self.network.version:
             return "encap_family"
         length = self._inner_length(packet)
         if length is None:
             return "encap_malformed"
-        destination = IPv4Address(packet[16:20])
+        _, destination = self._addresses(packet)
         if destination.is_multicast or destination == IPv4Address("255.255.255.255"):
             return "encap_multicast"
         route = self.lookup(destination)
         if route is None:
             return "no_route"
         header = b"\x08\0\0\0" + self.vni.to_bytes(3, "big") + b"\0"
-        ethernet = route.vtep_mac.octets + self.mac.octets + b"\x08\0"
-        ecn = packet[1] & 3
+        ethernet = route.vtep_mac.octets + self.mac.octets + _ETHERTYPE[self.network.version]
+        ecn = self._ecn(packet)
         return header + ethernet + packet[:length], 2 if ecn == 3 else ecn
 
-    def decapsulate(self, datagram: bytes, source: IPv4Address, tos: int) -> bytes | str:
+    def decapsulate(self, datagram: bytes, source: IPAddress, tos: int) -> bytes | str:
         """Return the inner packet, or the drop reason."""
         if len(datagram) < 22:
             return "short"
@@ -82,29 +88,39 @@ class Twin:
             return "loop"
         if to != self.mac:
             return "not_our_mac"
-        if datagram[20:22] != b"\x08\0":
+        if datagram[20:22] != _ETHERTYPE[self.network.version]:
             return "ethertype"
         packet = datagram[22:]
         length = self._inner_length(packet)
         if length is None:
             return "inner_malformed"
-        if self.mode == "enforce" and not self._may_send(sender, IPv4Address(packet[12:16])):
+        if self.mode == "enforce" and not self._may_send(sender, self._addresses(packet)[0]):
             return "inner_source"
-        ecn = _DECAP_ECN[packet[1] & 3, tos & 3]
+        ecn = _DECAP_ECN[self._ecn(packet), tos & 3]
         if ecn is None:
             return "ecn"
         return self._with_ecn(packet[:length], ecn)
 
-    def _may_send(self, sender: Route | None, source: IPv4Address) -> bool:
-        unusable = ("0.0.0.0/8", "127.0.0.0/8", "224.0.0.0/4", "255.255.255.255/32")
-        if any(source in IPv4Network(network) for network in unusable):
+    def _may_send(self, sender: Route | None, source: IPAddress) -> bool:
+        if any(source in ip_network(network) for network in _NO_SOURCE[source.version]):
             return False
         if source not in self.network:
             return True
         return sender is not None and self.lookup(source) == sender
 
-    @staticmethod
-    def _inner_length(packet: bytes) -> int | None:
+    def _addresses(self, packet: bytes) -> tuple[IPAddress, IPAddress]:
+        if self.network.version == 6:
+            return IPv6Address(packet[8:24]), IPv6Address(packet[24:40])
+        return IPv4Address(packet[12:16]), IPv4Address(packet[16:20])
+
+    def _ecn(self, packet: bytes) -> int:
+        return (packet[1] >> 4 if self.network.version == 6 else packet[1]) & 3
+
+    def _inner_length(self, packet: bytes) -> int | None:
+        if self.network.version == 6:
+            total = 40 + int.from_bytes(packet[4:6], "big")
+            sound = len(packet) >= 40 and packet[0] >> 4 == 6 and total <= len(packet)
+            return total if sound else None
         if len(packet) < 20 or packet[0] >> 4 != 4:
             return None
         header, total = (packet[0] & 15) * 4, int.from_bytes(packet[2:4], "big")
@@ -112,13 +128,13 @@ class Twin:
             return None
         return total
 
-    @staticmethod
-    def _with_ecn(packet: bytes, ecn: int) -> bytes:
-        if packet[1] & 3 == ecn:
-            return packet
-        header = (packet[0] & 15) * 4
+    def _with_ecn(self, packet: bytes, ecn: int) -> bytes:
         changed = bytearray(packet)
-        changed[1] = packet[1] & 0xFC | ecn
-        changed[10:12] = b"\0\0"
-        changed[10:12] = checksum(bytes(changed[:header])).to_bytes(2, "big")
+        if self.network.version == 6:
+            changed[1] = packet[1] & 0xCF | ecn << 4
+        elif self._ecn(packet) != ecn:
+            header = (packet[0] & 15) * 4
+            changed[1] = packet[1] & 0xFC | ecn
+            changed[10:12] = b"\0\0"
+            changed[10:12] = checksum(bytes(changed[:header])).to_bytes(2, "big")
         return bytes(changed)
