@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import posixpath
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from ipaddress import AddressValueError, IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import Any
@@ -46,6 +47,13 @@ class LeaseSubnet:
 
     ipv4: IPv4Network
     ipv6: IPv6Network | None = None
+
+    @classmethod
+    def of(cls, parts: Sequence[IPNetwork]) -> LeaseSubnet:
+        """Make one of a subnet for each family, IPv4 first."""
+        ipv4, ipv6 = parts[0], parts[1] if len(parts) > 1 else None
+        assert isinstance(ipv4, IPv4Network) and (ipv6 is None or isinstance(ipv6, IPv6Network))
+        return cls(ipv4, ipv6)
 
     @property
     def parts(self) -> tuple[IPNetwork, ...]:

@@ -12,6 +12,7 @@ import logging
 import random
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 
@@ -34,7 +35,7 @@ from pyflannel.control.lease import (
 )
 from pyflannel.control.network_config import NetworkConfig
 from pyflannel.control.subnet_pool import choose_subnet
-from pyflannel.dataplane.route import MacAddress, Vni
+from pyflannel.dataplane.route import IPAddress, MacAddress, Vni
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +57,18 @@ class OwnIdentity:
     previous: LeaseSubnet | None = None
     public_ipv6: IPv6Address | None = None
     vtep_mac_v6: MacAddress | None = None
+
+    @classmethod
+    def of(
+        cls,
+        public_ips: Sequence[IPAddress],
+        macs: Sequence[MacAddress],
+        previous: LeaseSubnet | None,
+    ) -> OwnIdentity:
+        """Make one of an address and a MAC for each family, IPv4 first."""
+        ipv4, ipv6 = public_ips[0], public_ips[1] if len(public_ips) > 1 else None
+        assert isinstance(ipv4, IPv4Address) and (ipv6 is None or isinstance(ipv6, IPv6Address))
+        return cls(ipv4, macs[0], previous, ipv6, macs[1] if len(macs) > 1 else None)
 
     def attributes(self, vni: Vni) -> LeaseAttributes:
         """Return what our lease says about us."""
@@ -83,6 +96,7 @@ class LeaseWriter:
         self._etcd = etcd
         self._prefix = prefix
         self._config = config
+        self._previous = identity.previous
         self._rng = rng
         self.identify(identity)
         self.granted: deque[int] = deque(maxlen=GRANTS_REMEMBERED)
@@ -128,17 +142,16 @@ class LeaseWriter:
             if self._config.fits(lease.subnet):
                 return await self._reuse(lease)
             log.warning("our lease %s does not fit the network config: deleted", lease.subnet)
+            self._previous = lease.subnet
             await self._etcd.delete_if(kv.key.decode(), kv.mod_revision)
             return None
-        previous = self._identity.previous
-        if previous is not None and not any(previous.overlaps(x) for x in taken):
-            if self._config.fits(previous):
-                log.info("Found previously leased subnet (%s), reusing", previous.ipv4)
-                return await self._create(previous)
-            log.warning("previous subnet %s does not fit the network config", previous.ipv4)
-        for subnets in self._config.ranges:
-            log.info("Picking subnet in range %s ... %s", subnets.first, subnets.last)
-        return await self._create(choose_subnet(self._config, taken, self._rng))
+        chosen = choose_subnet(self._config, taken, self._rng, self._previous)
+        if self._previous is not None and chosen.ipv4 == self._previous.ipv4:
+            log.info("Found previously leased subnet (%s), reusing", chosen.ipv4)
+        else:
+            for subnets in self._config.ranges:
+                log.info("Picking subnet in range %s ... %s", subnets.first, subnets.last)
+        return await self._create(chosen)
 
     def _own_lease(self, kv: KeyValue) -> Lease | None:
         try:

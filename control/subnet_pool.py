@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Sequence
-from ipaddress import IPv4Network, IPv6Network
 
 from pyflannel.control.lease import LeaseSubnet
 from pyflannel.control.network_config import NetworkConfig, SubnetRange
@@ -23,16 +22,24 @@ class SubnetsExhausted(Refusal):
 
 
 def choose_subnet(
-    config: NetworkConfig, taken: Sequence[LeaseSubnet], rng: random.Random
+    config: NetworkConfig,
+    taken: Sequence[LeaseSubnet],
+    rng: random.Random,
+    previous: LeaseSubnet | None = None,
 ) -> LeaseSubnet:
-    """Return a subnet whose parts overlap none of `taken`; SubnetsExhausted if there is none."""
-    ipv4 = _choose(config.ipv4, [subnet.ipv4 for subnet in taken], rng)
-    assert isinstance(ipv4, IPv4Network)
-    if config.ipv6 is None:
-        return LeaseSubnet(ipv4)
-    ipv6 = _choose(config.ipv6, [subnet.ipv6 for subnet in taken if subnet.ipv6 is not None], rng)
-    assert isinstance(ipv6, IPv6Network)
-    return LeaseSubnet(ipv4, ipv6)
+    """Return a subnet whose parts overlap none of `taken`; SubnetsExhausted if there is none.
+
+    Each part of `previous` that fits and is free is kept, so that a network that becomes dual
+    stack gives no host another IPv4 subnet.
+    """
+    parts: list[IPNetwork] = []
+    for number, subnets in enumerate(config.ranges):
+        others = [subnet.parts[number] for subnet in taken if number < len(subnet.parts)]
+        old = previous.parts[number] if previous and number < len(previous.parts) else None
+        if old is None or not subnets.fits(old) or any(old.overlaps(x) for x in others):
+            old = _choose(subnets, others, rng)
+        parts.append(old)
+    return LeaseSubnet.of(parts)
 
 
 def _choose(subnets: SubnetRange, taken: Iterable[IPNetwork], rng: random.Random) -> IPNetwork:

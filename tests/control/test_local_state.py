@@ -150,6 +150,22 @@ def test_each_family_is_chosen_for_itself() -> None:
         assert not chosen.overlaps(taken[0])
 
 
+def test_each_part_of_the_previous_subnet_is_kept_if_it_fits_and_is_free() -> None:
+    ipv4, ipv6 = IPv4Network("10.5.7.0/24"), IPv6Network("2001:db8:42:7::/64")
+    other = LeaseSubnet(IPv4Network("10.5.8.0/24"), ipv6)
+    rng = random.Random(1)
+    assert choose_subnet(config(), [other], rng, LeaseSubnet(ipv4, ipv6)) == LeaseSubnet(ipv4)
+    grown = choose_subnet(config_dual(), [other], rng, LeaseSubnet(ipv4))
+    assert grown.ipv4 == ipv4
+    assert config_dual().fits(grown)
+    both = LeaseSubnet(ipv4, ipv6)
+    assert choose_subnet(config_dual(), [], rng, both) == both
+    assert choose_subnet(config_dual(), [other], rng, both).ipv6 != ipv6
+    wrong = LeaseSubnet(IPv4Network("10.6.7.0/24"), ipv6)
+    kept = choose_subnet(config_dual(), [], rng, wrong)
+    assert (kept.ipv4.supernet(8), kept.ipv6) == (IPv4Network("10.5.0.0/16"), ipv6)
+
+
 def test_a_wide_lease_in_a_wide_network_is_stepped_over() -> None:
     taken = [LeaseSubnet(IPv4Network("10.5.9.0/24"), IPv6Network("fd00::/9"))]
     chosen = choose_subnet(config_dual("fd00::/8"), taken, random.Random(1)).ipv6
