@@ -21,7 +21,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Flag, auto
-from ipaddress import IPv4Address
 from typing import Union
 
 from pyflannel.dataplane.interface import Interface, best_address
@@ -93,7 +92,7 @@ class InUse:
     interface: str
     interface_index: int
     interface_mtu: int
-    address: IPv4Address
+    address: IPAddress
 
 
 class Repair(Flag):
@@ -118,7 +117,7 @@ class Diagnosis:
     """
 
     repair: Repair
-    address: IPv4Address
+    address: IPAddress
     index: int
     mtu: int
     trouble: str = ""
@@ -156,7 +155,7 @@ def diagnose(used: InUse, device: Interface | None, interface: Interface | None)
         )
     address, trouble = used.address, ""
     if all(owned.address != address for owned in interface.addresses):
-        found = best_address(interface)
+        found = best_address(interface, used.address.version)
         address = found or address
         trouble = "" if found else f"{interface.name} has no usable address"
     # A socket cannot be bound to an address that is not there.

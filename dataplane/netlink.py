@@ -13,10 +13,10 @@ import contextlib
 import errno
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,18 +25,20 @@ from pyroute2.netlink.exceptions import NetlinkError
 
 from pyflannel.dataplane.interface import Interface, InterfaceAddress, Reach
 from pyflannel.dataplane.kernel_routes import device_index
-from pyflannel.dataplane.route import IPNetwork, MacAddress
+from pyflannel.dataplane.route import IPAddress, IPNetwork, MacAddress
 
 T = TypeVar("T")
 
 # linux/if_addr.h
 _IFA_F_TEMPORARY, _IFA_F_DEPRECATED, _IFA_F_PERMANENT = 0x01, 0x20, 0x80
 # linux/rtnetlink.h
-_RT_TABLE_MAIN = 254
+_RT_TABLE_MAIN, _RTN_UNICAST = 254, 1
 _IFF_UP = 1
 _LAST_METRIC = 0xFFFFFFFF
 # What a route lookup answers for no route and for routes of type unreachable, prohibit, blackhole.
 _NO_WAY = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EACCES, errno.EINVAL)
+_LINK = 253
+_FAMILY = {4: socket.AF_INET, 6: socket.AF_INET6}
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +79,7 @@ def _link(message: Any) -> Link:
 def _address(message: Any) -> InterfaceAddress:
     flags = message.get("flags") or 0
     return InterfaceAddress(
-        address=IPv4Address(message.get("local") or message.get("address")),
+        address=ip_address(message.get("local") or message.get("address")),
         prefixlen=message["prefixlen"],
         scope=message["scope"],
         deprecated=bool(flags & _IFA_F_DEPRECATED),
@@ -109,12 +111,12 @@ class Netlink:
             raise OSError(error.code, os.strerror(error.code)) from error
 
     async def interfaces(self) -> tuple[Interface, ...]:
-        """Return all interfaces with their IPv4 addresses, in kernel order."""
+        """Return all interfaces with their addresses, in kernel order."""
         return await self.run(self._interfaces)
 
     def _interfaces(self) -> tuple[Interface, ...]:
         addresses: dict[int, list[InterfaceAddress]] = {}
-        for message in self._ipr.get_addr(family=socket.AF_INET):
+        for message in self._ipr.get_addr():
             addresses.setdefault(message["index"], []).append(_address(message))
         links = [_link(message) for message in self._ipr.get_links()]
         return tuple(
@@ -129,24 +131,27 @@ class Netlink:
             for link in links
         )
 
-    async def default_route_interface(self) -> str | None:
-        """Return the interface of the first IPv4 default route, None where there is none."""
-        return await self.run(self._default_route_interface)
+    async def default_routes(self) -> Mapping[int, str]:
+        """Return the interface of the first default route of each family that has one."""
+        return await self.run(self._default_routes)
 
-    def _default_route_interface(self) -> str | None:
-        for route in self._ipr.get_routes(family=socket.AF_INET, table=_RT_TABLE_MAIN):
-            if route["dst_len"] == 0 and route.get("oif") is not None:
-                return self._name_of(route.get("oif"))
-        return None
+    def _default_routes(self) -> Mapping[int, str]:
+        found: dict[int, str] = {}
+        for version, family in _FAMILY.items():
+            for route in self._ipr.get_routes(family=family, table=_RT_TABLE_MAIN):
+                # An IPv6 route that leads nowhere has an interface all the same.
+                if route["dst_len"] == 0 and route["type"] == _RTN_UNICAST and route.get("oif"):
+                    found.setdefault(version, self._name_of(route.get("oif")))
+        return found
 
     def _name_of(self, index: int) -> str:
         return str(self._ipr.get_links(index)[0].get("ifname"))
 
-    async def route_to(self, address: IPv4Address) -> Reach | None:
+    async def route_to(self, address: IPAddress) -> Reach | None:
         """Return how the kernel would send to an address, None where it cannot or must not."""
         return await self.run(self._route_to, address)
 
-    def _route_to(self, address: IPv4Address) -> Reach | None:
+    def _route_to(self, address: IPAddress) -> Reach | None:
         try:
             routes = self._ipr.route("get", dst=str(address))
         except NetlinkError as error:
@@ -156,8 +161,8 @@ class Netlink:
         source, gateway = routes[0].get("prefsrc"), routes[0].get("gateway")
         return Reach(
             self._name_of(routes[0].get("oif")),
-            IPv4Address(source) if source else None,
-            IPv4Address(gateway) if gateway else None,
+            ip_address(source) if source else None,
+            ip_address(gateway) if gateway else None,
         )
 
     async def link(self, name: str) -> Link | None:
@@ -179,32 +184,34 @@ class Netlink:
     async def configure_device(
         self,
         name: str,
-        address: IPv4Address,
+        address: IPAddress,
         mtu: int,
         queue_length: int,
-        network: IPv4Network,
+        network: IPNetwork,
     ) -> None:
-        """Give our device its /32, MTU (bytes) and queue (packets); bring it up (spec section 9.5).
+        """Give our device its /32 or /128, MTU (bytes) and queue (packets); bring it up.
 
-        Other addresses on it inside `network` are removed, after ours is there: with the last
-        address of a device the kernel removes its routes. IPv6 router advertisements are ignored.
+        Other addresses on it are removed, of IPv4 those inside `network`, of IPv6 all but the
+        link-local ones (spec section 9.5), after ours is there: with the last address of a device
+        the kernel removes its routes. IPv6 router advertisements are ignored.
         """
         await self.run(self._configure_device, name, address, mtu, queue_length, network)
 
     def _configure_device(
-        self, name: str, address: IPv4Address, mtu: int, queue_length: int, network: IPv4Network
+        self, name: str, address: IPAddress, mtu: int, queue_length: int, network: IPNetwork
     ) -> None:
         index = device_index(name)
         accept_ra = Path(f"/proc/sys/net/ipv6/conf/{name}/accept_ra")
         # Read-only inside most containers, where nobody sends advertisements into our TUN either.
         with contextlib.suppress(OSError):
             accept_ra.write_text("0")
-        found = [_address(x) for x in self._ipr.get_addr(family=socket.AF_INET, index=index)]
-        others = [x for x in found if (x.address, x.prefixlen) != (address, 32)]
+        family, length = _FAMILY[address.version], address.max_prefixlen
+        found = [_address(x) for x in self._ipr.get_addr(family=family, index=index)]
+        others = [x for x in found if (x.address, x.prefixlen) != (address, length)]
         if len(others) == len(found):
-            self._ipr.addr("add", index=index, address=str(address), prefixlen=32)
+            self._ipr.addr("add", index=index, address=str(address), prefixlen=length)
         for other in others:
-            if other.address in network:
+            if other.address in network or (address.version == 6 and other.scope != _LINK):
                 self._ipr.addr(
                     "del", index=index, address=str(other.address), prefixlen=other.prefixlen
                 )
@@ -223,7 +230,7 @@ class Netlink:
         await self.run(self._blackhole, "del", subnet, errno.ESRCH)
 
     def _blackhole(self, command: str, subnet: IPNetwork, harmless: int) -> None:
-        family = socket.AF_INET if subnet.version == 4 else socket.AF_INET6
+        family = _FAMILY[subnet.version]
         try:
             self._ipr.route(
                 command, family=family, dst=str(subnet), type="blackhole", priority=_LAST_METRIC

@@ -16,7 +16,6 @@ import os
 import random
 import signal
 from collections.abc import Awaitable, Callable, Sequence
-from ipaddress import IPv4Address
 from pathlib import Path
 from typing import TypeVar
 
@@ -41,6 +40,7 @@ from pyflannel.control.vtep_identity import load_vtep_mac, pick_vtep_mac, save_v
 from pyflannel.control_socket import ControlServer, socket_path
 from pyflannel.dataplane.inheritance import Inheritance
 from pyflannel.dataplane.netlink import Netlink
+from pyflannel.dataplane.offload import Offload
 from pyflannel.dataplane.refusal import Refusal
 from pyflannel.dataplane.route import IPAddress, MacAddress
 from pyflannel.etcd_access import etcd_client
@@ -49,12 +49,14 @@ from pyflannel.host_watch import HostWatch
 from pyflannel.node import Node
 from pyflannel.notify import notify, take_kept_descriptors
 from pyflannel.options import Options, unserved_flags
-from pyflannel.overlay import Overlay, choose_underlay, remove_kernel_device
+from pyflannel.overlay import Overlay
+from pyflannel.overlays import Overlays
 from pyflannel.pulse import watch_pulse
 from pyflannel.reload import follow_config, reload_when_told
 from pyflannel.suspects import report_suspects
 from pyflannel.takeover import Handover, Predecessor
 from pyflannel.traffic import Traffic
+from pyflannel.underlying import choose_underlay, device_name, remove_kernel_device
 
 log = logging.getLogger(__name__)
 
@@ -84,19 +86,17 @@ async def _until_etcd_answers(what: str, attempt: Callable[[], Awaitable[T | Non
         await asyncio.sleep(RETRY_SECONDS)
 
 
-def _check_supported(config: NetworkConfig, key: str) -> None:
-    if config.ipv6 is not None:
-        raise Refusal(
-            f"{key}: EnableIPv6 true: this version carries IPv4 only; set EnableIPv6 to false"
-        )
+def _note_ignored(config: NetworkConfig) -> None:
     if config.backend.learning:
         log.warning("Learning is ignored: peers are known from etcd, so there is nothing to learn")
 
 
-def _lease_mac(leases: Sequence[Lease], public_ip: IPv4Address) -> MacAddress | None:
+def _lease_mac(leases: Sequence[Lease], public_ip: IPAddress, version: int) -> MacAddress | None:
+    """Return the VTEP MAC of a family in the lease of our IPv4 public IP."""
     for lease in leases:
-        if lease.attributes.public_ip == public_ip and lease.attributes.vtep is not None:
-            return lease.attributes.vtep.mac
+        part = lease.part(version)
+        if lease.attributes.public_ip == public_ip and part is not None and part.vtep is not None:
+            return part.vtep.mac
     return None
 
 
@@ -117,6 +117,7 @@ class Daemon:
         self._node = Node(options)
         self._readiness = self._node.readiness
         self.handover = Handover(self._node)
+        self._overlays = Overlays(self._node.overlays)
 
     async def start_and_run(self) -> None:
         """Bring the node up and keep it up; returns never, raises Refusal."""
@@ -138,31 +139,15 @@ class Daemon:
             inherited, in_use = predecessor.inherited, predecessor.handed.offload
         stack.callback(inherited.close)
         netlink = node.netlink = await stack.enter_async_context(Netlink())
-        underlying = await choose_underlay(options, netlink, config)
-        device = f"flannel.{config.backend.vni}"
-        kernel_mac = await remove_kernel_device(
-            device, netlink, replace=options.replace_kernel_device
-        )
-        overlay = await Overlay.open(
-            options,
-            netlink,
-            config,
-            underlying,
-            stack.enter_context(contextlib.ExitStack()),
-            inherited,
-            in_use,
-        )
-        mac = await self._own_mac(etcd, device, underlying.public_ip, kernel_mac)
-        overlay.identify(mac)
-        node.overlays.append(overlay)
-        stack.callback(node.overlays.clear)
+        overlays = self._overlays
+        identity = await self._open(etcd, netlink, config, inherited, in_use)
         if predecessor is None:
             await self._serve_control(path)
         keeper = node.keeper = LeaseKeeper(
             etcd,
             options.etcd_prefix,
             config,
-            OwnIdentity(underlying.public_ip, mac, read_previous_subnet(options.subnet_file)),
+            identity,
             options.subnet_lease_renew_margin * 60,
             random.SystemRandom(),
             self._readiness,
@@ -174,31 +159,37 @@ class Daemon:
         else:
             lease = predecessor.lease(options.etcd_prefix, config)
             keeper.take_over(lease, predecessor.handed.expires_at)
-        network = config.ipv4.network
-        table = node.table = LeaseTable([Place(network, underlying.public_ip)], config.backend.port)
+        table = node.table = LeaseTable(
+            [Place(overlay.network, overlay.underlying.public_ip) for overlay in overlays.each],
+            config.backend.port,
+        )
         table.set_own_subnet(lease.subnet)
-        await overlay.adopt(lease.subnet.ipv4)
-        sync = node.sync = RouteSync(etcd, options.etcd_prefix, table, overlay)
+        await overlays.adopt(lease.subnet)
+        sync = node.sync = RouteSync(etcd, options.etcd_prefix, table, overlays)
         await sync.first_snapshot()
-        await overlay.reconcile(table.routes())
+        await overlays.reconcile(table.routes())
 
         async def move(public_ip: IPAddress) -> None:
             # A connection from the address that is gone would be found dead after 13 s.
             etcd.reconnect("our address has changed")
             keeper.advertise(public_ip)
-            await overlay.apply(table.set_own_public_ip(public_ip))
+            await overlays.apply(table.set_own_public_ip(public_ip))
 
-        watch = HostWatch(
-            netlink,
-            overlay,
-            table,
-            self._readiness,
-            on_moved=move,
-            on_resized=lambda: self._write_subnet_file(config, overlay),
-        )
+        watches = [
+            HostWatch(
+                netlink,
+                overlay,
+                table,
+                self._readiness,
+                on_moved=move,
+                on_resized=self._write_subnet_file,
+            )
+            for overlay in overlays.each
+        ]
         if predecessor is not None:
             predecessor.stop()
-        overlay.forward(watch.device_lost)
+        for overlay, watch in zip(overlays.each, watches):
+            overlay.forward(watch.device_lost)
         traffic = Traffic(
             options,
             netlink,
@@ -206,37 +197,65 @@ class Daemon:
             nftables=config.enable_nftables,
             old=read_previous_networks(options.subnet_file),
         )
-        await traffic.start([(network, lease.subnet.ipv4)])
-        self._write_subnet_file(config, overlay)
-        overlay.keep_device()
+        await traffic.start(overlays.pairs)
+        self._write_subnet_file()
+        overlays.keep_devices()
         if predecessor is not None:
             predecessor.finish()
             await self._serve_control(path)
             await self._serve_health(inherited)
         inherited.close()
-        overlay.keep_queues()
+        overlays.keep_queues()
         self._readiness.clear("starting")
         notify("READY=1")
         log.info("Running backend.")
 
         async def adopt(own: Lease) -> None:
-            await overlay.apply(table.set_own_subnet(own.subnet))
-            await overlay.adopt(own.subnet.ipv4)
-            traffic.adopt([(network, own.subnet.ipv4)])
-            self._write_subnet_file(config, overlay)
+            await overlays.apply(table.set_own_subnet(own.subnet))
+            await overlays.adopt(own.subnet)
+            traffic.adopt(overlays.pairs)
+            self._write_subnet_file()
 
+        dropped = options.anti_spoofing == "enforce"
         await self._supervise(
             keeper.run(adopt),
             sync.run(),
             traffic.run(),
-            watch.run(),
             watch_pulse(node, os.environ),
             follow_config(node),
             reload_when_told(node, self._read_options, self._hangup),
-            report_suspects(
-                overlay.context, table.leases, dropped=options.anti_spoofing == "enforce"
-            ),
+            *(watch.run() for watch in watches),
+            *(report_suspects(x.context, table.leases, dropped=dropped) for x in overlays.each),
         )
+
+    async def _open(
+        self,
+        etcd: Etcd,
+        netlink: Netlink,
+        config: NetworkConfig,
+        inherited: Inheritance,
+        in_use: Offload | None,
+    ) -> OwnIdentity:
+        """Open the overlay of each family; return who we are to the others."""
+        options, each = self._options, self._overlays.each
+        macs = []
+        for underlying in await choose_underlay(options, netlink, config):
+            name = device_name(underlying.version, config.backend.vni)
+            kernel_mac = await remove_kernel_device(
+                name, netlink, replace=options.replace_kernel_device
+            )
+            stack = self._stack.enter_context(contextlib.ExitStack())
+            overlay = await Overlay.open(
+                options, netlink, config, underlying, stack, inherited, in_use
+            )
+            public_ip = each[0].underlying.public_ip if each else underlying.public_ip
+            macs.append(await self._own_mac(etcd, overlay, public_ip, kernel_mac))
+            overlay.identify(macs[-1])
+            each.append(overlay)
+            # Before it is closed, as /metrics is served to the end.
+            self._stack.callback(each.remove, overlay)
+        public_ips = [overlay.underlying.public_ip for overlay in each]
+        return OwnIdentity.of(public_ips, macs, read_previous_subnet(options.subnet_file))
 
     async def _serve_health(self, inherited: Inheritance) -> None:
         options = self._options
@@ -268,7 +287,7 @@ class Daemon:
 
         text = await _until_etcd_answers(f"etcd key {key}", read)
         config = parse_network_config_untrusted(text)
-        _check_supported(config, key)
+        _note_ignored(config)
         backend = config.backend
         log.info("Found network config - Backend type: vxlan")
         log.info(
@@ -281,9 +300,9 @@ class Daemon:
         return config
 
     async def _own_mac(
-        self, etcd: Etcd, device: str, public_ip: IPv4Address, kernel_mac: MacAddress | None
+        self, etcd: Etcd, overlay: Overlay, public_ip: IPAddress, kernel_mac: MacAddress | None
     ) -> MacAddress:
-        path = self._options.state_dir / f"{device}.json"
+        path = self._options.state_dir / f"{overlay.device}.json"
         machine_id = MACHINE_ID.read_text().strip() if MACHINE_ID.exists() else ""
         found = await _until_etcd_answers(
             "the list of leases in etcd", lambda: read_leases(etcd, self._options.etcd_prefix)
@@ -291,7 +310,7 @@ class Daemon:
         mac, origin = pick_vtep_mac(
             load_vtep_mac(path, machine_id),
             kernel_mac,
-            _lease_mac(found.leases, public_ip),
+            _lease_mac(found.leases, public_ip, overlay.version),
             os.urandom,
         )
         try:
@@ -301,15 +320,23 @@ class Daemon:
                 f"{path}: cannot keep the VTEP MAC ({error.strerror}); "
                 "make the folder writable or choose another with --state-dir"
             ) from error
-        log.info("VTEP MAC %s (%s)", mac, origin)
+        log.info("VTEP MAC of %s: %s (%s)", overlay.device, mac, origin)
         return mac
 
-    def _write_subnet_file(self, config: NetworkConfig, overlay: Overlay) -> None:
-        path = self._options.subnet_file
-        pairs = ((config.ipv4.network, overlay.subnet),)
-        content = SubnetFile(pairs, overlay.underlying.mtu, self._options.ip_masq)
+    def _write_subnet_file(self) -> None:
+        options, overlays = self._options, self._overlays
+        path = options.subnet_file
+        mtu = options.flannel_mtu or overlays.mtu
+        for overlay in overlays.each:
+            if mtu > overlay.underlying.mtu:
+                log.warning(
+                    "--flannel-mtu %d is above the MTU %d of %s: longer packets do not pass there",
+                    mtu,
+                    overlay.underlying.mtu,
+                    overlay.device,
+                )
         try:
-            write_subnet_file(path, content)
+            write_subnet_file(path, SubnetFile(overlays.pairs, mtu, options.ip_masq))
         except OSError as error:
             raise Refusal(
                 f"{path}: cannot be written ({error.strerror}); choose another with --subnet-file"

@@ -30,7 +30,7 @@ from pyflannel.dataplane.refusal import Refusal
 from pyflannel.dataplane.route import DEFAULT_PORT
 from pyflannel.etcd_access import ask_etcd
 from pyflannel.finding import Finding, failure
-from pyflannel.overlay import OVERHEAD_BYTES, Underlying, choose_underlay
+from pyflannel.underlying import OVERHEAD_BYTES, Underlying, choose_underlay
 
 ANY_NETWORK = IPv4Network("0.0.0.0/0")
 MACHINE_ID = Path("/etc/machine-id")
@@ -111,7 +111,7 @@ async def examine(command: Command) -> Report:
             return report
         underlying = None
         try:
-            underlying = await choose_underlay(options, netlink, config)
+            underlying = (await choose_underlay(options, netlink, config))[0]
             report.add("interface", ())
         except Refusal as error:
             sentence, _, remedy = str(error).partition("; ")
@@ -160,7 +160,7 @@ async def _check_peers(
         cluster.check_own_lease(leases, own, command.options, device, machine_id),
     )
     peers = [x for x in leases.leases if x.attributes.public_ip != own and x.attributes.vtep]
-    reached, findings = await cluster.check_path_mtu(peers, underlying.mtu + OVERHEAD_BYTES)
+    reached, findings = await cluster.check_path_mtu(peers, underlying.mtu + OVERHEAD_BYTES[4])
     report.add("path-mtu", findings)
     if is_running:
         report.add("vteps", await cluster.check_vteps(peers, reached))

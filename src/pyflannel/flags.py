@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, ip_address
+from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from pathlib import Path
 from typing import Any
 
 from pyflannel.dataplane.offload import parse_offload
+from pyflannel.dataplane.route import IPAddress, IPNetwork
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,11 +92,25 @@ def _optional(kind: Kind) -> Kind:
     return Kind(lambda text: kind.read(text) if text else None, kind.shown)
 
 
+def _ip(text: str) -> IPAddress:
+    try:
+        return ip_address(text)
+    except ValueError:
+        raise ValueError("must be an IP address") from None
+
+
 def _ipv4(text: str) -> IPv4Address:
     try:
         return IPv4Address(text)
     except ValueError:
         raise ValueError("must be an IPv4 address") from None
+
+
+def _ipv6(text: str) -> IPv6Address:
+    try:
+        return IPv6Address(text)
+    except ValueError:
+        raise ValueError("must be an IPv6 address") from None
 
 
 def _endpoints(text: str) -> tuple[str, ...]:
@@ -109,12 +124,13 @@ def _endpoints(text: str) -> tuple[str, ...]:
     return endpoints
 
 
-def _peer_source(text: str) -> tuple[IPv4Network, IPv4Network]:
-    source, found, subnet = text.partition("=")
+def _peer_source(text: str) -> tuple[IPNetwork, IPNetwork]:
+    source, _, subnet = text.partition("=")
     try:
-        if not found:
+        pair = ip_network(source), ip_network(subnet)
+        if pair[0].version != pair[1].version:
             raise ValueError
-        return IPv4Network(source), IPv4Network(subnet)
+        return pair
     except ValueError:
         raise ValueError("must be CIDR=SUBNET, such as 192.0.2.7/32=10.5.72.0/24") from None
 
@@ -126,7 +142,8 @@ FILE, FOLDER = Kind(Path, "FILE"), Kind(Path, "DIR")
 INTERFACE = Kind(str, "IFACE")
 _OPTIONAL_FILE = _optional(FILE)
 _IPV4 = _optional(Kind(_ipv4, "ADDRESS"))
-_IPV6 = _optional(Kind(IPv6Address, "ADDRESS"))
+_IPV6 = _optional(Kind(_ipv6, "ADDRESS"))
+_IP = _optional(Kind(_ip, "ADDRESS"))
 _PORT = _number(0, 65535, "PORT")
 _INTEGER = _number(-(1 << 31), 1 << 31)
 
@@ -166,10 +183,17 @@ FLAGS: tuple[Flag, ...] = (
         _IFACE,
         True,
     ),
-    Flag("iface-can-reach", _IPV4, "", "use the route to this address", _IFACE),
+    Flag("iface-can-reach", _IP, "", "use the route to this address", _IFACE),
     Flag("public-ip", _IPV4, "", "address that peers are told", _IFACE),
     Flag("public-ipv6", _IPV6, "", "IPv6 address that peers are told", _IFACE),
     Flag("subnet-file", FILE, "/run/flannel/subnet.env", "where to write the subnet", _NODE),
+    Flag(
+        "flannel-mtu",
+        _optional(_number(68, 65535)),
+        "",
+        "FLANNEL_MTU in the subnet file; without it the smaller of all families",
+        _NODE,
+    ),
     Flag(
         "subnet-lease-renew-margin",
         _INTEGER,
@@ -303,7 +327,6 @@ REMOVED = {
 """Flags that flannel once had, each with what to do instead."""
 
 UNSERVED = {
-    "public_ipv6": "--public-ipv6: this version carries IPv4 only",
     "vmodule": "--vmodule is ignored; use -v",
     "log_backtrace_at": "--log_backtrace_at is ignored",
 }

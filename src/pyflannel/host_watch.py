@@ -34,7 +34,7 @@ from pyflannel.patience import wait_for_event
 
 log = logging.getLogger(__name__)
 
-HOST = "host-network"
+HOST, HOST_V6 = "host-network", "host-network-ipv6"
 # What one `ip` command does is several events; they are answered by one look.
 SETTLE_SECONDS = 0.05
 # On a host where routes change all the time, looking takes a quarter of it at most.
@@ -64,6 +64,7 @@ class HostWatch:
         self._readiness = readiness
         self._on_moved = on_moved
         self._on_resized = on_resized
+        self._reason = HOST if overlay.version == 4 else HOST_V6
         self._told_mtu = overlay.underlying.mtu
         self._told_public_ip = overlay.underlying.public_ip
         self._concern = Concern.NOTHING
@@ -99,7 +100,7 @@ class HostWatch:
                 try:
                     await self._look(now)
                 except (Refusal, OSError) as error:
-                    self._readiness.set(HOST, f"{error}; trying again")
+                    self._readiness.set(self._reason, f"{error}; trying again")
                     await asyncio.sleep(RETRY_SECONDS)
                     self._note(now)
                 settle = max(SETTLE_SECONDS, SETTLE_FACTOR * (time.monotonic() - began))
@@ -113,9 +114,11 @@ class HostWatch:
             if await self._mend(found):
                 now |= Concern.ROUTES
             if found.trouble:
-                self._readiness.set(HOST, f"{found.trouble}: nothing can be sent until it is back")
+                self._readiness.set(
+                    self._reason, f"{found.trouble}: nothing can be sent until it is back"
+                )
             else:
-                self._readiness.clear(HOST)
+                self._readiness.clear(self._reason)
         if now & Concern.ROUTES:
             await overlay.reconcile(self._table.routes())
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv4Network, IPv6Address
+from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
-from typing import Any, Union
+from typing import Any
 
 from pyflannel.control.subnet_file import variables_untrusted
 from pyflannel.dataplane.offload import Offload
 from pyflannel.dataplane.refusal import Refusal
+from pyflannel.dataplane.route import IPAddress, IPNetwork
 from pyflannel.flags import FLAGS, REMOVED, UNSERVED, Flag
 from pyflannel.usage import help_text
 
@@ -50,10 +51,11 @@ class Options:
     etcd_password: str
     iface: tuple[str, ...]
     iface_regex: tuple[str, ...]
-    iface_can_reach: IPv4Address | None
+    iface_can_reach: IPAddress | None
     public_ip: IPv4Address | None
     public_ipv6: IPv6Address | None
     subnet_file: Path
+    flannel_mtu: int | None
     subnet_lease_renew_margin: int
     release_lease_on_exit: bool
     options_file: Path | None
@@ -62,7 +64,7 @@ class Options:
     takeover: bool
     replace_kernel_device: bool
     anti_spoofing: str
-    peer_source: tuple[tuple[IPv4Network, IPv4Network], ...]
+    peer_source: tuple[tuple[IPNetwork, IPNetwork], ...]
     reserved_bits: str
     source_ports: int
     tun_queue_length: int
@@ -76,7 +78,7 @@ class Options:
     iptables_forward_rules: bool
     iptables_resync: int
     ip_blackhole_route: bool
-    healthz_ip: Union[IPv4Address, IPv6Address]
+    healthz_ip: IPAddress
     healthz_port: int
     metrics_port: int
     metrics_per_peer: bool

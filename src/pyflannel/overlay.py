@@ -11,8 +11,7 @@ import logging
 import os
 import socket
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from ipaddress import IPv4Address, IPv4Network
+from dataclasses import replace
 from pathlib import Path
 
 from pyflannel.control.network_config import NetworkConfig
@@ -20,7 +19,6 @@ from pyflannel.dataplane.fastpath import AntiSpoofing, Context, FastpathConfig, 
 from pyflannel.dataplane.forwarder import Forwarder, Workers
 from pyflannel.dataplane.host_change import InUse
 from pyflannel.dataplane.inheritance import Inheritance
-from pyflannel.dataplane.interface import Choice, choose_interface
 from pyflannel.dataplane.kernel_routes import DirectRouting, PeerRoutes
 from pyflannel.dataplane.netlink import Netlink
 from pyflannel.dataplane.offload import TUN_OFFLOADS, Offload
@@ -38,95 +36,17 @@ from pyflannel.dataplane.tun import Tun
 from pyflannel.dataplane.underlay import Underlay
 from pyflannel.notify import keep_descriptors
 from pyflannel.options import Options
+from pyflannel.underlying import (
+    OVERHEAD_BYTES,
+    Underlying,
+    device_name,
+    overlay_mtu,
+    told_address,
+)
 
 log = logging.getLogger(__name__)
 
-FORWARDING = Path("/proc/sys/net/ipv4/ip_forward")
-OVERHEAD_BYTES = 50
-"""Outer IPv4, UDP, VXLAN and inner Ethernet header, counted against the underlay MTU."""
-
-MTU_MIN_BYTES = 68
-"""The smallest MTU that a device can have for IPv4 (RFC 791)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Underlying:
-    """The interface that carries the overlay, and the address that peers are told.
-
-    `mtu` is that of packets inside the overlay, in bytes.
-    """
-
-    choice: Choice
-    public_ip: IPv4Address
-    mtu: int
-
-
-async def choose_underlay(options: Options, netlink: Netlink, config: NetworkConfig) -> Underlying:
-    """Choose interface, address and MTU; Refusal when none fits (spec section 10)."""
-    reachable = None
-    if options.iface_can_reach is not None:
-        reachable = await netlink.route_to(options.iface_can_reach)
-    choice = choose_interface(
-        await netlink.interfaces(),
-        names=options.iface,
-        regexes=options.iface_regex,
-        can_reach=options.iface_can_reach,
-        public_ip=options.public_ip,
-        default_route_name=await netlink.default_route_interface(),
-        reach=lambda _: reachable,
-    )
-    log.info("Using interface with name %s and address %s", choice.name, choice.address)
-    told = "the same" if options.public_ip is None else f"{options.public_ip} (--public-ip)"
-    log.info("Chose %s: it %s; peers are told %s", choice.name, choice.why, told)
-    if options.public_ip is None:
-        log.info("Defaulting external address to interface address (%s)", choice.address)
-    else:
-        log.info("Using %s as external address", options.public_ip)
-    return Underlying(choice, options.public_ip or choice.address, _overlay_mtu(choice, config))
-
-
-def _overlay_mtu(choice: Choice, config: NetworkConfig) -> int:
-    """Return the MTU inside the overlay; Refusal where nothing fits (spec section 9.4)."""
-    mtu = choice.mtu
-    if config.backend.mtu is not None:
-        if config.backend.mtu > mtu:
-            log.warning(
-                "Backend.MTU %d is above %s's %d; using %d",
-                config.backend.mtu,
-                choice.name,
-                mtu,
-                mtu,
-            )
-        mtu = min(mtu, config.backend.mtu)
-    if mtu - OVERHEAD_BYTES < MTU_MIN_BYTES:
-        raise Refusal(
-            f"an outer MTU of {mtu} leaves no room for packets; check Backend.MTU and {choice.name}"
-        )
-    return mtu - OVERHEAD_BYTES
-
-
-async def remove_kernel_device(
-    device: str, netlink: Netlink, *, replace: bool
-) -> MacAddress | None:
-    """Delete the kernel's vxlan device of our name and return its MAC, None if there is none.
-
-    Refusal unless `replace` (`--replace-kernel-device`), or when the device is of another kind.
-    """
-    link = await netlink.link(device)
-    if link is None or link.kind == "tun":
-        return None
-    if link.kind != "vxlan":
-        raise Refusal(
-            f"{device} exists and is a {link.kind} device; remove it: ip link del {device}"
-        )
-    if not replace:
-        raise Refusal(
-            f"{device} is a kernel vxlan device left by flanneld and holds our name and UDP port; "
-            f"stop flanneld, then `ip link del {device}` or start with --replace-kernel-device"
-        )
-    await netlink.delete_link(device)
-    log.warning("deleted the kernel vxlan device %s (--replace-kernel-device)", device)
-    return link.mac
+_FORWARDING = {4: "net.ipv4.ip_forward", 6: "net.ipv6.conf.all.forwarding"}
 
 
 class Overlay:
@@ -148,6 +68,9 @@ class Overlay:
     ) -> None:
         self.underlying = underlying
         self.device = tun.name
+        self.version = underlying.version
+        subnets = next(x for x in config.ranges if x.network.version == self.version)
+        self.network = subnets.network
         self._options = options
         self._netlink = netlink
         self._config = config
@@ -159,17 +82,17 @@ class Overlay:
         if tun.created:
             self._undo.callback(tun.delete)
         self._device_index = socket.if_nametoindex(tun.name)
-        self._subnet: IPv4Network | None = None
+        self._subnet: IPNetwork | None = None
         self._context: Context | None = None
         self._forwarder: Forwarder | None = None
         self._is_paused = False
         self._peer_routes = PeerRoutes(
             tun.name,
-            DirectRouting(config.ipv4.network, config.ipv4.length)
+            DirectRouting(subnets.network, subnets.length)
             if config.backend.direct_routing
             else None,
             mtu=underlying.mtu,
-            overhead=OVERHEAD_BYTES,
+            overhead=OVERHEAD_BYTES[self.version],
         )
         self._has_reconciled = False
         self.refused: dict[IPNetwork, int] = {}
@@ -201,7 +124,7 @@ class Overlay:
             inherited=inherited,
         )
         stack.callback(underlay.close)
-        name = f"flannel.{backend.vni}"
+        name = device_name(underlying.version, backend.vni)
         queues = inherited.take_tun(name)
         if queues and in_use is not None:
             tun = Tun.adopt(name, queues, in_use & TUN_OFFLOADS, in_use=True)
@@ -230,7 +153,7 @@ class Overlay:
             keep_descriptors(self.device, [self._underlay.receive_fd])
 
     @property
-    def subnet(self) -> IPv4Network:
+    def subnet(self) -> IPNetwork:
         """Our subnet; only after `adopt`."""
         assert self._subnet is not None
         return self._subnet
@@ -273,15 +196,17 @@ class Overlay:
             FastpathConfig(
                 vni=config.backend.vni,
                 mac=mac,
-                network=config.ipv4.network,
+                network=self.network,
                 anti_spoofing=AntiSpoofing[options.anti_spoofing.upper()],
                 ignore_reserved_bits=options.reserved_bits == "ignore",
-                peer_sources=options.peer_source,
+                peer_sources=tuple(x for x in options.peer_source if x[0].version == self.version),
+                inner_ipv4=self.version == 4,
+                inner_ipv6=self.version == 6,
             )
         )
         self._stack.callback(self._context.close)
 
-    async def adopt(self, subnet: IPv4Network) -> None:
+    async def adopt(self, subnet: IPNetwork) -> None:
         """Give the device the address of our subnet, the MTU and its queue, and bring it up."""
         self._subnet = subnet
         try:
@@ -295,22 +220,23 @@ class Overlay:
 
     async def configure(self) -> None:
         """Do what `adopt` did once more, after somebody undid it or the MTU has changed."""
-        assert isinstance(self._config.ipv4.network, IPv4Network)
         await self._netlink.configure_device(
             self.device,
             self.subnet.network_address,
             self.underlying.mtu,
             self._options.tun_queue_length,
-            self._config.ipv4.network,
+            self.network,
         )
 
     async def apply(self, changes: Sequence[RouteChange]) -> None:
-        """Program changes, the FIB first so that no packet is early.
+        """Program changes of our family, the FIB first so that no packet is early.
 
         A route the kernel refuses is logged, the others stand.
         """
         kernel: dict[IPNetwork, IPAddress | None] = {}
         for change in changes:
+            if _subnet(change).version != self.version:
+                continue
             if isinstance(change, Replace):
                 # Also for a peer that is reached directly: its packets to us may be encapsulated.
                 self.context.replace(change.route)
@@ -339,10 +265,11 @@ class Overlay:
             self.refused[subnet] = err
 
     async def reconcile(self, wanted: Sequence[Route]) -> None:
-        """Make the kernel's routes to peers exactly these; with DirectRouting look anew at who is
-        on our link.
+        """Make the kernel's routes to peers exactly those of our family; with DirectRouting look
+        anew at who is on our link.
         """
-        peers = {route.subnet: route.underlay for route in wanted}
+        ours = [route for route in wanted if route.subnet.version == self.version]
+        peers = {route.subnet: route.underlay for route in ours}
         try:
             came, went, failed = await self._netlink.run(self._peer_routes.sync, peers)
         except OSError as error:
@@ -365,13 +292,21 @@ class Overlay:
         """Begin to forward; `on_lost` is called when the device disappears."""
         self._forwarder = Forwarder(self.context, Workers(self._options.workers), on_lost)
         self._stack.callback(self._forwarder.close)
-        if FORWARDING.read_text().strip() == "0":
+        setting = _FORWARDING[self.version]
+        if Path("/proc/sys", *setting.split(".")).read_text().strip() == "0":
             log.warning(
-                "this host forwards no packets, so only itself is reached, not its containers: "
-                "sysctl -w net.ipv4.ip_forward=1"
+                "this host forwards no IPv%d packets, so only itself is reached, not its "
+                "containers: sysctl -w %s=1",
+                self.version,
+                setting,
             )
         self._start()
-        log.info("Forwarding with workers %s and offloads %s", self._options.workers, self.offload)
+        log.info(
+            "Forwarding on %s with workers %s and offloads %s",
+            self.device,
+            self._options.workers,
+            self.offload,
+        )
 
     def pause(self) -> None:
         """Stop forwarding, as a successor is about to; packets queue meanwhile."""
@@ -417,7 +352,7 @@ class Overlay:
         self._start()
         log.warning("%s was deleted by somebody: made anew", self.device)
 
-    def rebind(self, index: int, address: IPv4Address) -> None:
+    def rebind(self, index: int, address: IPAddress) -> None:
         """Send from another address or incarnation of the interface; nothing queued is lost."""
         assert self._forwarder is not None
         choice = replace(self.underlying.choice, index=index, address=address)
@@ -425,14 +360,16 @@ class Overlay:
             self._forwarder.close()
             self._start()
         self.underlying = replace(
-            self.underlying, choice=choice, public_ip=self._options.public_ip or address
+            self.underlying,
+            choice=choice,
+            public_ip=told_address(self._options, self.version) or address,
         )
         log.warning("sending from %s on %s now", address, choice.name)
 
     def resize(self, outer_mtu: int) -> None:
         """Derive the MTU from the interface's; `configure` sets it. Refusal if it is too small."""
         choice = replace(self.underlying.choice, mtu=outer_mtu)
-        mtu = _overlay_mtu(choice, self._config)
+        mtu = overlay_mtu(choice, self._config)
         self.underlying = replace(self.underlying, choice=choice, mtu=mtu)
         self._peer_routes.mtu = mtu
         log.warning(
@@ -445,3 +382,7 @@ class Overlay:
     def keep_device(self) -> None:
         """Leave the device behind at exit from now on, as the start has succeeded."""
         self._undo.pop_all()
+
+
+def _subnet(change: RouteChange) -> IPNetwork:
+    return change.subnet if isinstance(change, Delete) else change.route.subnet

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
-from ipaddress import IPv4Address
+from ipaddress import ip_address
 from typing import Any
 
 from pyflannel.control.lease import LEASE_TTL_SECONDS
@@ -45,9 +45,9 @@ def requests(node: Node) -> dict[str, Request]:
 
     async def _trace(request: Mapping[str, Any], _: socket.socket) -> object:
         try:
-            address = IPv4Address(request.get("address"))
+            address = ip_address(str(request.get("address")))
         except ValueError:
-            raise Refusal(f"{request.get('address')!r:.80} is not an IPv4 address") from None
+            raise Refusal(f"{request.get('address')!r:.80} is not an IP address") from None
         return await trace(node, address)
 
     return {"status": _status, "peers": _peers, "leases": _leases, "trace": _trace}

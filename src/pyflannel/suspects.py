@@ -20,9 +20,8 @@ SOURCES_REMEMBERED = 4096
 
 def describe(suspect: Suspect, leases: Iterable[Lease], verb: str) -> str:
     """Return one sentence about a suspect: what was seen, whose MAC it is, what to do."""
-    owner = next(
-        (x for x in leases if x.attributes.vtep and x.attributes.vtep.mac == suspect.mac), None
-    )
+    parts = (lease.part(suspect.outer_source.version) for lease in leases)
+    owner = next((x for x in parts if x and x.vtep and x.vtep.mac == suspect.mac), None)
     seen = f"{verb} packets from {suspect.outer_source} (inner source MAC {suspect.mac})"
     if suspect.reason == "inner_source":
         return (
@@ -34,11 +33,11 @@ def describe(suspect: Suspect, leases: Iterable[Lease], verb: str) -> str:
             f"{seen}: no lease has this address and MAC; a node that left the cluster, "
             "a VTEP whose lease is stale, or a forged packet"
         )
-    advertised, subnet = owner.attributes.public_ip, owner.subnet.ipv4
+    source = suspect.outer_source
     return (
-        f"{seen}: the MAC belongs to lease {subnet}, which advertises {advertised}; if that node "
-        f"really sends from there (NAT), start with "
-        f"--peer-source={suspect.outer_source}/32={subnet}"
+        f"{seen}: the MAC belongs to lease {owner.subnet}, which advertises {owner.public_ip}; if "
+        f"that node really sends from there (NAT), start with "
+        f"--peer-source={source}/{source.max_prefixlen}={owner.subnet}"
     )
 
 

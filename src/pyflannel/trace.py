@@ -5,18 +5,17 @@ It asks the tables that packets ask, the kernel's and the fast path's, and sends
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from ipaddress import IPv4Address
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pyflannel.control.lease import BadLease, parse_subnet_key_untrusted
 from pyflannel.dataplane.interface import Reach
 from pyflannel.dataplane.refusal import Refusal
-from pyflannel.dataplane.route import IPNetwork, Route
+from pyflannel.dataplane.route import IPAddress, IPNetwork, Route
 from pyflannel.node import Node
 
 
-async def trace(node: Node, address: IPv4Address) -> dict[str, Any]:
+async def trace(node: Node, address: IPAddress) -> dict[str, Any]:
     """Return the routes a packet would take, whether it would be sent into the overlay, and why."""
     netlink, table, keeper, config = node.netlink, node.table, node.keeper, node.config
     if not (netlink and table and keeper and config and node.overlays):
@@ -26,12 +25,13 @@ async def trace(node: Node, address: IPv4Address) -> dict[str, Any]:
     found = below = None
     if overlay is not None:
         found = overlay.context.lookup(address)
-    if found is not None and isinstance(found.underlay, IPv4Address):
+    if found is not None:
         below = await netlink.route_to(found.underlay)
     own = keeper.own.subnet
     unused = {**table.quarantined(), **table.bad()}
     if overlay is None:
-        why = _why_not_ours(address, kernel, config.ipv4.network, None if own is None else own.ipv4)
+        networks = [subnets.network for subnets in config.ranges]
+        why = _why_not_ours(address, kernel, networks, () if own is None else own.parts)
     else:
         why = _why(address, overlay.device, found, below, unused)
     return {
@@ -60,25 +60,30 @@ def _reach(reach: Reach) -> dict[str, str | None]:
 
 
 def _why_not_ours(
-    address: IPv4Address, kernel: Reach | None, network: IPNetwork, own: IPNetwork | None
+    address: IPAddress,
+    kernel: Reach | None,
+    networks: Sequence[IPNetwork],
+    own: Sequence[IPNetwork],
 ) -> str:
     """Return why the kernel does not hand a packet to our device."""
     if kernel is None:
         return "the kernel has no route to it, or one that forbids it; see `ip route get`"
     if kernel.name == "lo":
         return "it is an address of this host"
-    if own is not None and address in own:
-        return f"it is in this host's own subnet {own}, behind {kernel.name}"
-    if address in network:
+    for subnet in own:
+        if address in subnet:
+            return f"it is in this host's own subnet {subnet}, behind {kernel.name}"
+    if any(address in network for network in networks):
         return (
             f"the kernel sends it by {kernel.name}: no lease holds it, or another route hides the "
             "overlay's; see `ip route get`"
         )
-    return f"it is outside the network {network}, and the kernel sends it by {kernel.name}"
+    told = " and ".join(str(network) for network in networks)
+    return f"it is outside the network {told}, and the kernel sends it by {kernel.name}"
 
 
 def _why(
-    address: IPv4Address,
+    address: IPAddress,
     device: str,
     found: Route | None,
     below: Reach | None,
@@ -96,8 +101,8 @@ def _why(
     return f"sent to {vtep} by {below.name}"
 
 
-def _holds(key: str, address: IPv4Address) -> bool:
+def _holds(key: str, address: IPAddress) -> bool:
     try:
-        return address in parse_subnet_key_untrusted(key).ipv4
+        return any(address in part for part in parse_subnet_key_untrusted(key).parts)
     except BadLease:
         return False

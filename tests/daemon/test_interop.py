@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from pyflannel.dataplane.route import IPAddress
 from tests.lab.hosts import (
     PREFIX,
     Host,
@@ -64,7 +65,7 @@ def start_kernel(made: Lab, mac: str = KERNEL_MAC) -> None:
     program_kernel_node(made, kernel, vni=VNI)
 
 
-def ends(made: Lab) -> tuple[tuple[Namespace, IPv4Address], tuple[Namespace, IPv4Address]]:
+def ends(made: Lab) -> tuple[tuple[Namespace, IPAddress], tuple[Namespace, IPAddress]]:
     """Return each container with the address of the other one."""
     (ours, kernel) = made.hosts
     assert ours.container is not None
@@ -85,7 +86,7 @@ def receive_errors(host: Host) -> int:
 
 
 @contextmanager
-def steady_pings(source: Namespace, target: IPv4Address) -> Iterator[list[int]]:
+def steady_pings(source: Namespace, target: IPAddress) -> Iterator[list[int]]:
     """Ping a hundred times a second; afterwards the list holds how many were sent and lost."""
     counts: list[int] = []
     process = subprocess.Popen(

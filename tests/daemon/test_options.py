@@ -36,6 +36,7 @@ SAMPLES = {
     "peer-source": "192.0.2.7/32=10.5.72.0/24",
     "anti-spoofing": "log",
     "reserved-bits": "ignore",
+    "flannel-mtu": "1400",
     "log-format": "json",
     "offload": "off",
     "workers": "0",

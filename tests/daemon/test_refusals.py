@@ -62,9 +62,9 @@ def _refused(
         ('{"Network":"10.244.0.0/16"}', "Backend is missing"),
         ('{"Network":"10.244.0.0/16","Backend":{"Type":"udp"}}', 'Backend.Type "udp"'),
         (
-            '{"Network":"10.244.0.0/16","EnableIPv6":true,"IPv6Network":"2001:db8::/48",'
-            '"Backend":{"Type":"vxlan"}}',
-            "IPv4 only",
+            '{"Network":"10.244.0.0/16","EnableIPv4":false,"EnableIPv6":true,'
+            '"IPv6Network":"2001:db8::/48","Backend":{"Type":"vxlan"}}',
+            "etcd has no key for a lease without IPv4",
         ),
         ('{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan","MTU":60}}', "check Backend.MTU"),
         ('{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan","MTU":50}}', "check Backend.MTU"),

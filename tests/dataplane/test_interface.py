@@ -11,9 +11,11 @@ import pytest
 
 from pyflannel.dataplane.interface import (
     Choice,
+    Host,
     Interface,
     InterfaceAddress,
     Reach,
+    Wish,
     choose_interface,
 )
 from pyflannel.dataplane.refusal import Refusal
@@ -34,12 +36,12 @@ ETH0 = interface(2, "eth0", address("192.0.2.11"), address("192.0.2.12"))
 ETH1 = interface(3, "eth1", address("198.51.100.11"), mtu=9000)
 WG0 = interface(4, "wg0", address("203.0.113.11"), mtu=1420)
 BARE = interface(5, "bare0")
-HOST = (LO, ETH0, ETH1, WG0, BARE)
+ALL = (LO, ETH0, ETH1, WG0, BARE)
 
 
 def choose(
     *,
-    interfaces: Sequence[Interface] = HOST,
+    interfaces: Sequence[Interface] = ALL,
     names: Sequence[str] = (),
     regexes: Sequence[str] = (),
     can_reach: str | None = None,
@@ -47,15 +49,15 @@ def choose(
     default: str | None = "eth0",
     reach: Reach | None = None,
 ) -> Choice:
-    return choose_interface(
-        interfaces,
-        names=names,
-        regexes=regexes,
-        can_reach=IPv4Address(can_reach) if can_reach else None,
-        public_ip=IPv4Address(public_ip) if public_ip else None,
-        default_route_name=default,
-        reach=lambda _: reach,
+    wish = Wish(
+        names,
+        regexes,
+        IPv4Address(can_reach) if can_reach else None,
+        [IPv4Address(public_ip)] if public_ip else [],
     )
+    host = Host(interfaces, {4: default} if default else {}, lambda _: reach)
+    (choice,) = choose_interface(host, wish)
+    return choice
 
 
 def chosen(choice: Choice) -> tuple[str, str]:

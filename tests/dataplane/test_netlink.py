@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import json
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from ipaddress import IPv4Address, IPv4Network
 from typing import TypeVar
 
@@ -64,7 +64,9 @@ def test_interfaces_are_told_in_kernel_order_with_their_addresses(host: Namespac
     eth0, veth0 = found["eth0"], found["veth0"]
     assert (eth0.kind, eth0.mtu, eth0.up) == ("veth", 1500, True)
     assert (veth0.mtu, veth0.up, found[DEVICE].kind) == (1400, False, "tun")
-    first, second, third = sorted(eth0.addresses, key=lambda x: x.address)
+    ipv4 = [x for x in eth0.addresses if x.address.version == 4]
+    first, second, third = sorted(ipv4, key=lambda x: str(x.address))
+    assert [x.address.is_link_local for x in eth0.addresses if x not in ipv4] == [True]
     assert (str(first.address), first.prefixlen, first.scope) == ("192.0.2.11", 24, 0)
     assert (first.permanent, first.deprecated, first.temporary) == (True, False, False)
     assert (str(second.address), second.temporary) == ("192.0.2.12", True)
@@ -72,18 +74,27 @@ def test_interfaces_are_told_in_kernel_order_with_their_addresses(host: Namespac
     assert veth0.addresses[0].scope == 253
 
 
-def test_default_route_is_the_first_that_leaves_the_host(host: Namespace) -> None:
-    def default() -> str | None:
-        return ask(host, lambda netlink: netlink.default_route_interface())
+@pytest.mark.parametrize(
+    ("version", "near", "far"),
+    [(4, "192.0.2.1", "203.0.113.1"), (6, "2001:db8::1", "2001:db8:1::1")],
+)
+def test_default_route_is_the_first_that_leaves_the_host(
+    host: Namespace, version: int, near: str, far: str
+) -> None:
+    def default() -> Mapping[int, str]:
+        return ask(host, lambda netlink: netlink.default_routes())
 
-    assert default() is None
-    host.ip("route", "add", "blackhole", "default", "metric", "1")
-    assert default() is None
+    family = f"-{version}"
+    assert default() == {}
+    host.ip(family, "route", "add", "blackhole", "default", "metric", "1")
+    assert default() == {}
     host.ip("addr", "add", "203.0.113.9/24", "dev", "veth0")
-    host.ip("route", "add", "default", "via", "203.0.113.1", "metric", "200")
-    assert default() == "veth0"
-    host.ip("route", "add", "default", "via", "192.0.2.1", "metric", "100")
-    assert default() == "eth0"
+    host.ip("addr", "add", "2001:db8:1::9/64", "dev", "veth0", "nodad")
+    host.ip("addr", "add", "2001:db8::9/64", "dev", "eth0", "nodad")
+    host.ip(family, "route", "add", "default", "via", far, "metric", "200")
+    assert default() == {version: "veth0"}
+    host.ip(family, "route", "add", "default", "via", near, "metric", "100")
+    assert default() == {version: "eth0"}
 
 
 def test_route_lookup(host: Namespace) -> None:

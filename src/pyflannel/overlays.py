@@ -1,0 +1,51 @@
+"""The overlays of all address families as one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pyflannel.control.lease import LeaseSubnet
+from pyflannel.dataplane.route import IPNetwork, Route, RouteChange
+from pyflannel.overlay import Overlay
+
+
+class Overlays:
+    """The overlays of a node, IPv4 first; `each` grows while they are opened."""
+
+    def __init__(self, each: list[Overlay]) -> None:
+        self.each = each
+
+    @property
+    def mtu(self) -> int:
+        """The largest packet, in bytes, that every family carries."""
+        return min(overlay.underlying.mtu for overlay in self.each)
+
+    @property
+    def pairs(self) -> tuple[tuple[IPNetwork, IPNetwork], ...]:
+        """Each family's network, and our subnet in it; only after `adopt`."""
+        return tuple((overlay.network, overlay.subnet) for overlay in self.each)
+
+    async def adopt(self, subnet: LeaseSubnet) -> None:
+        """Configure each device for our subnet."""
+        for overlay, part in zip(self.each, subnet.parts):
+            await overlay.adopt(part)
+
+    async def apply(self, changes: Sequence[RouteChange]) -> None:
+        """Program route changes of any family."""
+        for overlay in self.each:
+            await overlay.apply(changes)
+
+    async def reconcile(self, wanted: Sequence[Route]) -> None:
+        """Make the kernel's routes to peers exactly these."""
+        for overlay in self.each:
+            await overlay.reconcile(wanted)
+
+    def keep_devices(self) -> None:
+        """Leave the devices behind at exit from now on, as the start has succeeded."""
+        for overlay in self.each:
+            overlay.keep_device()
+
+    def keep_queues(self) -> None:
+        """Have the supervisor keep what packets queue in."""
+        for overlay in self.each:
+            overlay.keep_queues()

@@ -1,0 +1,137 @@
+"""What carries the overlay of each family: interface, address, what peers are told, MTU.
+
+It chooses by what the operator said and the host has, and opens nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from pyflannel.control.network_config import NetworkConfig
+from pyflannel.dataplane.interface import Choice, Host, Wish, choose_interface
+from pyflannel.dataplane.netlink import Netlink
+from pyflannel.dataplane.refusal import Refusal
+from pyflannel.dataplane.route import IPAddress, MacAddress, Vni
+from pyflannel.options import Options
+
+log = logging.getLogger(__name__)
+
+OVERHEAD_BYTES = {4: 50, 6: 70}
+"""Outer IP, UDP, VXLAN and inner Ethernet header by family, counted against the underlay MTU."""
+
+MTU_MIN_BYTES = {4: 68, 6: 1280}
+"""The smallest MTU that a device can have (RFC 791; RFC 8200, section 5)."""
+
+_DEVICE = {4: "flannel", 6: "flannel-v6"}
+
+
+def device_name(version: int, vni: Vni) -> str:
+    """Return the name of a family's device, the one that flannel gives it."""
+    return f"{_DEVICE[version]}.{vni}"
+
+
+@dataclass(frozen=True, slots=True)
+class Underlying:
+    """The interface that carries one family's overlay, and the address that peers are told.
+
+    `mtu` is that of packets inside the overlay, in bytes.
+    """
+
+    choice: Choice
+    public_ip: IPAddress
+    mtu: int
+
+    @property
+    def version(self) -> int:
+        """The address family, 4 or 6."""
+        return self.choice.address.version
+
+
+async def choose_underlay(
+    options: Options, netlink: Netlink, config: NetworkConfig
+) -> tuple[Underlying, ...]:
+    """Choose interface, address and MTU for each family; Refusal when none fits (section 10)."""
+    reachable = None
+    if options.iface_can_reach is not None:
+        reachable = await netlink.route_to(options.iface_can_reach)
+    choices = choose_interface(
+        Host(await netlink.interfaces(), await netlink.default_routes(), lambda _: reachable),
+        Wish(
+            options.iface,
+            options.iface_regex,
+            options.iface_can_reach,
+            [
+                told
+                for told in (told_address(options, 4), told_address(options, 6))
+                if told is not None
+            ],
+        ),
+        [subnets.network.version for subnets in config.ranges],
+    )
+    if config.ipv6 is None and options.public_ipv6 is not None:
+        log.warning("--public-ipv6 is ignored: the network config does not enable IPv6")
+    found = []
+    for choice in choices:
+        log.info("Using interface with name %s and address %s", choice.name, choice.address)
+        told = told_address(options, choice.address.version)
+        flag = "--public-ip" if choice.address.version == 4 else "--public-ipv6"
+        peers = "the same" if told is None else f"{told} ({flag})"
+        log.info("Chose %s: it %s; peers are told %s", choice.name, choice.why, peers)
+        if told is None:
+            log.info("Defaulting external address to interface address (%s)", choice.address)
+        else:
+            log.info("Using %s as external address", told)
+        found.append(Underlying(choice, told or choice.address, overlay_mtu(choice, config)))
+    return tuple(found)
+
+
+def told_address(options: Options, version: int) -> IPAddress | None:
+    """Return what peers are to be told in a family, None for the address that we send from."""
+    return options.public_ip if version == 4 else options.public_ipv6
+
+
+def overlay_mtu(choice: Choice, config: NetworkConfig) -> int:
+    """Return the MTU inside the overlay; Refusal where too little is left (spec section 9.4)."""
+    version, outer = choice.address.version, choice.mtu
+    if config.backend.mtu is not None:
+        if config.backend.mtu > outer:
+            log.warning(
+                "Backend.MTU %d is above %s's %d; using %d",
+                config.backend.mtu,
+                choice.name,
+                outer,
+                outer,
+            )
+        outer = min(outer, config.backend.mtu)
+    mtu = outer - OVERHEAD_BYTES[version]
+    if mtu < MTU_MIN_BYTES[version]:
+        raise Refusal(
+            f"an outer MTU of {outer} leaves {max(mtu, 0)} bytes for packets, and IPv{version} "
+            f"needs {MTU_MIN_BYTES[version]}; check Backend.MTU and {choice.name}"
+        )
+    return mtu
+
+
+async def remove_kernel_device(
+    device: str, netlink: Netlink, *, replace: bool
+) -> MacAddress | None:
+    """Delete the kernel's vxlan device of our name and return its MAC, None if there is none.
+
+    Refusal unless `replace` (`--replace-kernel-device`), or when the device is of another kind.
+    """
+    link = await netlink.link(device)
+    if link is None or link.kind == "tun":
+        return None
+    if link.kind != "vxlan":
+        raise Refusal(
+            f"{device} exists and is a {link.kind} device; remove it: ip link del {device}"
+        )
+    if not replace:
+        raise Refusal(
+            f"{device} is a kernel vxlan device left by flanneld and holds our name and UDP port; "
+            f"stop flanneld, then `ip link del {device}` or start with --replace-kernel-device"
+        )
+    await netlink.delete_link(device)
+    log.warning("deleted the kernel vxlan device %s (--replace-kernel-device)", device)
+    return link.mac

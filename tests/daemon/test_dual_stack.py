@@ -1,0 +1,308 @@
+"""Dual stack: IPv6 inside over IPv6 outside, beside IPv4 over IPv4, with a kernel node.
+
+c1 -- h1 (ours) ---+
+c2 -- h2 (ours) ---+-- switch, etcd      192.168.77.0/24 and fd77::/64
+c3 -- h3 (kernel) -+
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from functools import partial
+from ipaddress import IPv4Network, IPv6Network, ip_network
+
+import pytest
+from scapy.layers.inet import UDP
+from scapy.layers.inet6 import IPv6
+from scapy.layers.l2 import Ether
+
+from tests.lab.hosts import PREFIX, Host, Lab, Namespace, container_address, lab, ping, wait_until
+from tests.lab.kernel_node import program_kernel_node, start_kernel_node
+from tests.lab.require import require_program, require_root
+
+NETWORK_V6 = IPv6Network("2001:db8:42::/56")
+CONFIG = (
+    f'{{"Network":"10.244.0.0/16","EnableIPv6":true,"IPv6Network":"{NETWORK_V6}",'
+    '"Backend":{"Type":"vxlan"}}'
+)
+KERNEL_SUBNET, KERNEL_MAC = IPv4Network("10.244.200.0/24"), "0a:00:00:00:00:03"
+KERNEL_V6 = IPv6Network("2001:db8:42:c8::/64"), "0a:06:00:00:00:03"
+
+# Prints the first frame with a UDP datagram over IPv6 that comes in on eth0, its checksum computed
+# by the sender: the underlay has no offloads.
+SNIFF = """
+import socket
+s = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x86dd))
+s.bind(("eth0", 0))
+print("sniffing", flush=True)
+while True:
+    frame, where = s.recvfrom(65535)
+    if where[2] == socket.PACKET_HOST and frame[20] == 17 and frame[56:58] == b"\\x21\\x18":
+        print(frame.hex(), flush=True)
+        break
+"""
+
+
+@pytest.fixture(scope="module")
+def made() -> Iterator[Lab]:
+    require_root()
+    for program in ("ip", "bridge", "ethtool", "etcd", "etcdctl", "ping", "iperf3", "nft"):
+        require_program(program)
+    with lab(3, dual_stack=True) as made:
+        made.put_config(CONFIG)
+        for host in made.hosts[:2]:
+            made.start_daemon(host, "--healthz-port", "8081")
+        start_kernel_node(made, made.hosts[2], KERNEL_SUBNET, KERNEL_MAC, ipv6=KERNEL_V6)
+        program_kernel_node(made, made.hosts[2])
+        for host in made.hosts:
+            made.add_container(host)
+        for host in made.hosts[:2]:
+            wait_until(
+                partial(_has_route, host, _route_v6(KERNEL_V6[0])), "the kernel node's route"
+            )
+        yield made
+
+
+def _route_v6(subnet: IPv6Network) -> str:
+    """Return the line that `ip -6 route` shows for a peer of flannel's."""
+    return f"{subnet} via {subnet[0]} dev flannel-v6.1 metric 1024 onlink"
+
+
+def _has_route(host: Host, line: str) -> bool:
+    return line in host.ip("-6", "route")
+
+
+def _containers(made: Lab) -> list[tuple[Host, Namespace]]:
+    return [(host, host.container) for host in made.hosts if host.container is not None]
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_every_container_reaches_every_other(made: Lab, version: int) -> None:
+    for _, source in _containers(made):
+        for host, other in _containers(made):
+            if other is not source:
+                target = container_address(host, version)
+                wait_until(partial(ping, source, target), f"a ping to {target}", 10)
+
+
+def test_every_host_reaches_the_containers_from_its_device(made: Lab) -> None:
+    for host in made.hosts:
+        for other in made.hosts:
+            if other is not host:
+                assert ping(host, container_address(other, 6)), (host.name, other.name)
+
+
+def test_full_size_packet_passes_and_one_byte_more_does_not(made: Lab) -> None:
+    for host, container in _containers(made)[:2]:
+        target = container_address(made.hosts[2], 6)
+        assert ping(container, target, "-M", "do", "-s", "1382"), host.name
+        assert not ping(container, target, "-M", "do", "-s", "1383")
+
+
+@pytest.mark.parametrize("flags", [(), ("-R",), ("-u", "-b", "20M"), ("-u", "-b", "20M", "-R")])
+def test_tcp_and_udp_both_ways_with_the_kernel_node(made: Lab, flags: tuple[str, ...]) -> None:
+    (_, ours), _, (kernel_host, kernel) = _containers(made)
+    server = kernel.start("iperf3", "-s", "-1", log=made.folder / "iperf3.log")
+    wait_until(lambda: ":5201" in kernel.exec("ss", "-ltn"), "iperf3 listens")
+    target = str(container_address(kernel_host, 6))
+    end = json.loads(ours.exec("iperf3", "-J", "-c", target, "-t", "1", *flags))["end"]
+    kernel.processes[server].wait(10)
+    if "-u" in flags:
+        assert end["sum"]["packets"] > 1000
+        assert end["sum"]["lost_packets"] == 0
+    else:
+        assert end["sum_received"]["bytes"] > 1_000_000
+    statistics = json.loads(kernel_host.ip("-s", "-j", "link", "show", "flannel-v6.1"))[0]
+    assert statistics["stats64"]["rx"]["errors"] == 0
+
+
+def _captured(made: Lab, host: Host, source: Namespace, target: Host) -> IPv6:
+    """Return the outer packet of a ping with ECT(0), as it arrives on a host."""
+    log = made.folder / f"{host.name}.sniff"
+    log.unlink(missing_ok=True)
+    index = host.start("python3", "-c", SNIFF, log=log)
+    wait_until(lambda: "sniffing" in log.read_text(), "the sniffer is there")
+    assert ping(source, container_address(target, 6), "-Q", "2")
+    assert host.processes[index].wait(10) == 0
+    return Ether(bytes.fromhex(log.read_text().split()[-1]))[IPv6]
+
+
+def test_outer_packet_is_the_kernels_and_always_has_a_checksum(made: Lab) -> None:
+    (h1, ours), _, (h3, kernels) = _containers(made)
+    sent = _captured(made, h3, ours, h3)
+    kernel = _captured(made, h1, kernels, h1)
+    for packet, source, target in ((sent, h1, h3), (kernel, h3, h1)):
+        assert (packet.src, packet.dst) == (str(source.address_v6), str(target.address_v6))
+        assert packet[UDP].chksum != 0
+        rebuilt = packet.copy()
+        del rebuilt[UDP].chksum
+        assert IPv6(bytes(rebuilt))[UDP].chksum == packet[UDP].chksum
+    for name in ("tc", "fl", "plen", "nh", "hlim"):
+        assert getattr(sent, name) == getattr(kernel, name), name
+    assert (sent.tc, sent.fl, sent.hlim) == (2, 0, 64)
+    assert bytes(sent[UDP].payload)[:8] == bytes(kernel[UDP].payload)[:8]
+
+
+def test_congestion_on_the_way_reaches_the_container(made: Lab) -> None:
+    (h1, ours), _, (_, kernels) = _containers(made)
+    h1.exec(
+        "nft",
+        "table ip6 congested { chain way { type filter hook prerouting priority -300; "
+        "udp dport 8472 ip6 ecn set ce; }; "
+        "chain seen { type filter hook forward priority 0; "
+        f"ip6 daddr {container_address(h1, 6)} ip6 ecn ce counter; }}; }}",
+    )
+    try:
+        assert ping(kernels, container_address(h1, 6), "-Q", "2")
+        assert "counter packets 1 " in h1.exec("nft", "list", "chain", "ip6", "congested", "seen")
+        # Not-ECT with CE outside is what the kernel's device drops as well.
+        assert not ping(ours, container_address(made.hosts[2], 6))
+    finally:
+        h1.exec("nft", "delete", "table", "ip6", "congested")
+
+
+def test_host_state_is_flannels(made: Lab) -> None:
+    host = made.hosts[0]
+    env = host.subnet_env()
+    subnets = [
+        ip_network(env[name], strict=False) for name in ("FLANNEL_SUBNET", "FLANNEL_IPV6_SUBNET")
+    ]
+    assert host.subnet_file.read_text() == (
+        f"FLANNEL_NETWORK=10.244.0.0/16\nFLANNEL_SUBNET={subnets[0][1]}/24\n"
+        f"FLANNEL_IPV6_NETWORK={NETWORK_V6}\nFLANNEL_IPV6_SUBNET={subnets[1][1]}/64\n"
+        "FLANNEL_MTU=1430\nFLANNEL_IPMASQ=false\n"
+    )
+    for device, mtu, subnet in (
+        ("flannel.1", 1450, subnets[0]),
+        ("flannel-v6.1", 1430, subnets[1]),
+    ):
+        link = json.loads(host.ip("-d", "-j", "addr", "show", device))[0]
+        assert (link["mtu"], link["linkinfo"]["info_kind"]) == (mtu, "tun")
+        (address,) = [x for x in link["addr_info"] if x["scope"] == "global"]
+        assert (address["local"], address["prefixlen"]) == (
+            str(subnet[0]),
+            subnet.max_prefixlen,
+        )
+    peers = [ip_network(key.split("&")[1].replace("-", "/")) for key in made.leases()]
+    theirs = [subnet for subnet in peers if subnet != subnets[1]]
+    shown = [x for x in host.ip("-6", "route").splitlines() if "flannel-v6.1" in x and "via" in x]
+    expected = [
+        f"{subnet} via {subnet[0]} dev flannel-v6.1 metric 1024 onlink pref medium"
+        for subnet in theirs
+    ]
+    assert sorted(line.strip() for line in shown) == sorted(expected)
+    assert f"{subnets[1][0]} dev flannel-v6.1 proto kernel metric 256" in host.ip("-6", "route")
+
+
+def test_lease_in_etcd_is_flannels_json(made: Lab) -> None:
+    host = made.hosts[0]
+    (key, value) = next(
+        pair for pair in made.leases().items() if pair[1]["PublicIP"] == str(host.address)
+    )
+    assert re.fullmatch(r"10\.244\.\d+\.0-24&2001:db8:42:[0-9a-f]+::-64", key)
+    text = made.etcdctl("get", "--print-value-only", f"{PREFIX}/subnets/{key}").strip()
+    macs = [value[name]["VtepMAC"] for name in ("BackendData", "BackendV6Data")]  # type: ignore[index] # JSON
+    assert macs[0] != macs[1]
+    assert text == (
+        f'{{"PublicIP":"{host.address}","PublicIPv6":"{host.address_v6}","BackendType":"vxlan",'
+        f'"BackendData":{{"VNI":1,"VtepMAC":"{macs[0]}"}},'
+        f'"BackendV6Data":{{"VNI":1,"VtepMAC":"{macs[1]}"}}}}'
+    )
+
+
+def test_trace_and_metrics_know_both_devices(made: Lab) -> None:
+    host, target = made.hosts[0], container_address(made.hosts[2], 6)
+    words = ("-m", "pyflannel", "trace", str(target), "--json", "--control-dir", str(host.folder))
+    found = json.loads(host.exec(sys.executable, *words))
+    assert found["route"]["subnet"] == str(KERNEL_V6[0])
+    assert found["why"] == (
+        f"sent to VTEP {KERNEL_V6[1]} at {made.hosts[2].address_v6} port 8472 by eth0"
+    )
+    read = "import urllib.request as r; print(r.urlopen('http://127.0.0.1:8081/metrics').read())"
+    page = host.exec("python3", "-c", read)
+    for device in ("flannel.1", "flannel-v6.1"):
+        assert f'pyflannel_packets_total{{device="{device}",direction="encap"}}' in page
+    assert f'subnet="{KERNEL_V6[0]}"' in page
+
+
+def test_restart_keeps_subnets_macs_and_traffic_and_does_the_rest_for_ipv6(made: Lab) -> None:
+    host, before = made.hosts[1], made.leases()
+    assert host.stop(0) == 0
+    made.start_daemon(host, "--flannel-mtu", "1450", "--ip-masq", "--ip-blackhole-route")
+    assert made.leases() == before
+    env = host.subnet_env()
+    assert (env["FLANNEL_MTU"], env["FLANNEL_IPMASQ"]) == ("1450", "true")
+    assert "--flannel-mtu 1450 is above the MTU 1430 of flannel-v6.1" in host.log.read_text()
+    subnet = ip_network(env["FLANNEL_IPV6_SUBNET"], strict=False)
+    rules = host.exec("ip6tables", "-t", "nat", "-S", "FLANNEL-POSTRTG")
+    assert f"-s {subnet} -d {NETWORK_V6} " in rules
+    assert f"blackhole {subnet} dev lo" in host.ip("-6", "route")
+    (_, ours), _, _ = _containers(made)
+    wait_until(lambda: ping(ours, container_address(host, 6)), "a ping after the restart", 10)
+
+
+def test_a_deleted_lease_takes_both_routes_along(made: Lab) -> None:
+    host = made.hosts[0]
+    key = "10.244.201.0-24&2001:db8:42:c9::-64"
+    value = {
+        "PublicIP": "192.168.77.8",
+        "PublicIPv6": "fd77::8",
+        "BackendType": "vxlan",
+        "BackendData": {"VtepMAC": "0a:00:00:00:00:08"},
+        "BackendV6Data": {"VtepMAC": "0a:06:00:00:00:08"},
+    }
+    made.etcdctl("put", f"{PREFIX}/subnets/{key}", json.dumps(value))
+    line = _route_v6(IPv6Network("2001:db8:42:c9::/64"))
+    wait_until(partial(_has_route, host, line), "the IPv6 route is there")
+    made.etcdctl("del", f"{PREFIX}/subnets/{key}")
+    wait_until(lambda: not _has_route(host, line), "the IPv6 route is gone")
+    assert "10.244.201.0/24" not in host.ip("route")
+
+
+def test_a_leftover_kernel_device_of_ipv6_is_named(made: Lab) -> None:
+    host = made.add_host()
+    # fmt: off
+    host.ip("link", "add", "flannel-v6.1", "type", "vxlan", "id", "1", "dev", "eth0",
+            "local", str(host.address_v6), "dstport", "8472", "nolearning")
+    # fmt: on
+    index = made.start_daemon(host, wait=False)
+    assert host.processes[index].wait(20) == 1
+    assert "flannel-v6.1 is a kernel vxlan device" in host.log.read_text()
+    assert "flannel.1:" not in host.ip("link")
+    host.log.unlink()
+    made.start_daemon(host, "--replace-kernel-device", "--public-ipv6", "fd77::99")
+    value = next(x for x in made.leases().values() if x["PublicIP"] == str(host.address))
+    assert value["PublicIPv6"] == "fd77::99"
+
+
+def test_what_ipv6_needs_and_the_host_has_not_is_refused(made: Lab) -> None:
+    host = made.add_host()
+    for command, sentence in (
+        (("link", "set", "eth0", "mtu", "1340"), "leaves 1270 bytes for packets, and IPv6 needs"),
+        (("-6", "addr", "flush", "dev", "eth0"), "interface eth0 has no usable IPv6 address"),
+    ):
+        host.ip(*command)
+        index = made.start_daemon(host, wait=False)
+        assert host.processes[index].wait(20) == 1
+        assert sentence in host.log.read_text().splitlines()[-1]
+        assert "flannel" not in host.ip("link")
+
+
+def test_a_host_gets_ipv6_beside_the_ipv4_subnet_it_has(made: Lab) -> None:
+    """The network becomes dual stack; and with DirectRouting, by the way, peers on one link."""
+    h1, h2 = made.hosts[:2]
+    h1.stop(0)
+    made.put_config('{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}')
+    index = made.start_daemon(h1)
+    subnet = h1.subnet_env()["FLANNEL_SUBNET"]
+    assert "FLANNEL_IPV6_SUBNET" not in h1.subnet_env()
+    h1.stop(index)
+    made.put_config(CONFIG.replace('"vxlan"', '"vxlan","DirectRouting":true'))
+    made.start_daemon(h1)
+    assert h1.subnet_env()["FLANNEL_SUBNET"] == subnet
+    assert len([x for x in made.leases().values() if x["PublicIP"] == str(h1.address)]) == 1
+    theirs = ip_network(h2.subnet_env()["FLANNEL_IPV6_SUBNET"], strict=False)
+    assert f"{theirs} via {h2.address_v6} dev eth0 metric 1024" in h1.ip("-6", "route")
