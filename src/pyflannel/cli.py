@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 
-from pyflannel import docker_opts, show
+from pyflannel import completion, docker_opts, manual, show
 from pyflannel.dataplane.refusal import Refusal
 from pyflannel.log import set_up_log
 from pyflannel.options import HelpRequested, UsageError, VersionRequested, parse_options
@@ -36,6 +36,8 @@ COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {
     "doctor": _doctor,
     "reload": show.reload_main,
     "docker-opts": docker_opts.main,
+    "man": manual.main,
+    "completion": completion.main,
 }
 """Sub-commands: what runs each on the words behind its name, and returns the exit code."""
 

@@ -1,7 +1,7 @@
-"""The command line of the sub-commands that look at a node: the daemon's flags and a few more.
+"""The command line of the sub-commands.
 
-They take the same flags and variables as the daemon, so that what is in a unit file or an
-environment file can be given to them as it is.
+Those that look at a node take the same flags and variables as the daemon, so that what is in a unit
+file or an environment file can be given to them as it is.
 """
 
 from __future__ import annotations
@@ -54,3 +54,12 @@ def parse_command(argv: Sequence[str], name: str) -> Command:
     if len(ours) != word_count(name):
         raise UsageError(f"usage: pyflannel-udp {synopsis(name)}; see {name} --help")
     return Command(parse_options(flags, os.environ), tuple(ours), as_json, vni)
+
+
+def parse_words(argv: Sequence[str], name: str) -> Sequence[str]:
+    """Return the words behind a sub-command that takes no flags; UsageError, HelpRequested."""
+    if {*argv} & {"-h", "-help", "--help"}:
+        raise HelpRequested(command_help(name))
+    if len(argv) != word_count(name):
+        raise UsageError(f"usage: pyflannel-udp {synopsis(name)}; see {name} --help")
+    return argv

@@ -38,7 +38,7 @@ class OwnFlag:
 class Subcommand:
     """One sub-command as help, manual and completion tell it.
 
-    `arguments` are the words that are no flags.
+    `arguments` are words that are no flags: a name in capitals, or what there is to choose from.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Subcommand:
         return f"{self.name} {self.arguments}".rstrip()
 
 
-_LOOK, _OPERATE = "See how a node is", "Operate a node"
+_LOOK, _OPERATE, _INSTALL = "See how a node is", "Operate a node", "Install"
 
 _VNI = OwnFlag("--vni", "N", "choose one of several daemons on this host")
 _ASK = (OwnFlag("--json", "", "print JSON instead of a table"), _VNI)
@@ -135,6 +135,20 @@ SUBCOMMANDS: tuple[Subcommand, ...] = (
             OwnFlag("-m", "", "leave --ip-masq out"),
         ),
     ),
+    Subcommand(
+        "man",
+        _INSTALL,
+        "",
+        "print the manual page",
+        "To read it: pyflannel-udp man | man -l -",
+    ),
+    Subcommand(
+        "completion",
+        _INSTALL,
+        "bash",
+        "print the completion script of a shell",
+        "For bash: source <(pyflannel-udp completion bash)",
+    ),
 )
 
 _BY_NAME = {command.name: command for command in SUBCOMMANDS}
@@ -164,7 +178,7 @@ def help_text() -> str:
         for flag in FLAGS:
             if flag.group == group:
                 lines += _entry(flag_left(flag), flag.explained)
-    lines += ["", EXIT_CODES, "Each command has --help."]
+    lines += ["", EXIT_CODES, "Each command has --help; `pyflannel-udp man | man -l -` tells more."]
     return "\n".join(lines)
 
 

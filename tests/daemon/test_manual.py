@@ -1,0 +1,129 @@
+"""The manual page and the completion: complete, and understood by mandoc, man and bash."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pyflannel import cli
+from pyflannel.flags import FLAGS
+from pyflannel.usage import SUBCOMMANDS
+from tests.lab.require import require_program
+
+COMPLETE = """
+set -u
+eval "$SCRIPT"
+read -ra COMP_WORDS <<<"$1"
+[[ $1 != *" " ]] || COMP_WORDS+=("")
+COMP_CWORD=$((${#COMP_WORDS[@]} - 1)) COMPREPLY=()
+compopt() { printf '%s\\n' "$2"; }
+_pyflannel_udp
+printf '%s\\n' "${COMPREPLY[@]}"
+complete -p pyflannel-udp >&2
+"""
+
+
+def printed(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    assert cli.main(argv) == 0
+    return capsys.readouterr().out
+
+
+def complete(script: str, typed: str) -> list[str]:
+    """Return what bash proposes, or what it is told to propose, for words typed so far."""
+    done = subprocess.run(
+        ["bash", "--norc", "-c", COMPLETE, "bash", f"pyflannel-udp {typed}"],
+        env={"PATH": "/usr/bin:/bin", "SCRIPT": script},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stderr == "complete -F _pyflannel_udp pyflannel-udp\n"
+    return done.stdout.split()
+
+
+def test_mandoc_finds_nothing_wrong_with_the_page(capsys: pytest.CaptureFixture[str]) -> None:
+    require_program("mandoc")
+    page = printed(capsys, "man")
+    lint = ["mandoc", "-T", "lint", "-W", "warning"]
+    done = subprocess.run(lint, input=page, capture_output=True, text=True)
+    # The page has a version and no date of its own.
+    complaints = [x for x in done.stdout.splitlines() if "missing date" not in x]
+    assert not complaints
+
+
+def test_the_page_tells_every_flag_and_command(capsys: pytest.CaptureFixture[str]) -> None:
+    require_program("mandoc")
+    done = subprocess.run(
+        ["mandoc", "-T", "ascii", "-O", "width=200"],
+        input=printed(capsys, "man"),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    text = " ".join(re.sub(".\b", "", done.stdout).split())
+    for flag in FLAGS:
+        assert f" --{flag.name} {flag.kind.shown} {flag.explained}".replace("  ", " ") in text
+    for command in SUBCOMMANDS:
+        assert f" {command.synopsis} {command.summary[0].upper()}{command.summary[1:]}. " in text
+        for own in command.flags:
+            assert f" {own.left} {own.help}" in text
+
+
+@pytest.mark.parametrize(
+    ("typed", "proposed"),
+    [
+        ("sta", ["status"]),
+        ("--etcd-c", ["--etcd-cafile", "--etcd-certfile"]),
+        ("--ip-masq --anti-spoofing ", ["off", "log", "enforce"]),
+        ("--sched = r", ["raised", "realtime"]),
+        ("--sched =", ["normal", "raised", "realtime"]),
+        ("--iface l", ["lo"]),
+        ("--poll-us ", []),
+        ("--etcd-cafile ", ["default"]),
+        ("--state-dir = ", ["dirnames"]),
+        ("status --j", ["--json"]),
+        ("status --control-dir ", ["dirnames"]),
+        ("docker-opts -", ["--help", "-f", "-d", "-i", "-c", "-k", "-m"]),
+        ("docker-opts -d ", ["default"]),
+        ("man --", ["--help"]),
+        ("completion b", ["bash"]),
+    ],
+)
+def test_bash_completes(
+    capsys: pytest.CaptureFixture[str], typed: str, proposed: list[str]
+) -> None:
+    assert complete(printed(capsys, "completion", "bash"), typed) == proposed
+
+
+def test_every_command_and_flag_is_proposed(capsys: pytest.CaptureFixture[str]) -> None:
+    proposed = complete(printed(capsys, "completion", "bash"), "")
+    flags = [f"--{flag.name}" for flag in FLAGS]
+    assert proposed == [*(command.name for command in SUBCOMMANDS), "--help", *flags]
+
+
+def test_the_tab_key_in_an_interactive_shell(tmp_path: Path) -> None:
+    (tmp_path / "authority.pem").touch()
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(tmp_path)
+        os.execve("/bin/bash", ["bash", "--norc"], {"PATH": "/usr/bin:/bin", "TERM": "dumb"})
+    os.write(terminal, f"source <({sys.executable} -m pyflannel completion bash)\n".encode())
+    os.write(terminal, b"pyflannel-udp --etcd-ca\tauth\t\x01echo \nexit\n")
+    shown = b""
+    try:
+        while part := os.read(terminal, 4096):
+            shown += part
+    except OSError:  # what a terminal says at its end
+        os.waitpid(pid, 0)
+    assert b"\npyflannel-udp --etcd-cafile authority.pem" in shown
+
+
+@pytest.mark.parametrize("argv", [["man", "ls"], ["completion"], ["completion", "csh"]])
+def test_bad_input_is_one_sentence(capsys: pytest.CaptureFixture[str], argv: list[str]) -> None:
+    assert cli.main(argv) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
