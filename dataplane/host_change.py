@@ -156,8 +156,12 @@ def diagnose(used: InUse, device: Interface | None, interface: Interface | None)
     address, trouble = used.address, ""
     if all(owned.address != address for owned in interface.addresses):
         found = best_address(interface, used.address.version)
+        # While an interface is renumbered its link-local address is all it has: none for peers.
+        if found is not None and found.is_link_local and not used.address.is_link_local:
+            found = None
         address = found or address
-        trouble = "" if found else f"{interface.name} has no usable address"
+        family = f"IPv{used.address.version}"
+        trouble = "" if found else f"{interface.name} has no usable {family} address"
     # A socket cannot be bound to an address that is not there.
     if not trouble and (address, interface.index) != (used.address, used.interface_index):
         repair |= Repair.REBIND

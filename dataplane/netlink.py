@@ -201,6 +201,8 @@ class Netlink:
         self, name: str, address: IPAddress, mtu: int, queue_length: int, network: IPNetwork
     ) -> None:
         index = device_index(name)
+        # First, as a device whose MTU is below 1280 has no IPv6 at all.
+        self._ipr.link("set", index=index, mtu=mtu, txqlen=queue_length)
         accept_ra = Path(f"/proc/sys/net/ipv6/conf/{name}/accept_ra")
         # Read-only inside most containers, where nobody sends advertisements into our TUN either.
         with contextlib.suppress(OSError):
@@ -215,7 +217,7 @@ class Netlink:
                 self._ipr.addr(
                     "del", index=index, address=str(other.address), prefixlen=other.prefixlen
                 )
-        self._ipr.link("set", index=index, mtu=mtu, txqlen=queue_length, state="up")
+        self._ipr.link("set", index=index, state="up")
 
     async def ensure_blackhole(self, subnet: IPNetwork) -> None:
         """Have a blackhole route for a subnet, behind every other route to it.

@@ -15,7 +15,7 @@ import logging
 import os
 import random
 import signal
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -133,13 +133,14 @@ class Daemon:
         path = socket_path(options.control_dir, config.backend.vni)
         predecessor = Predecessor.find(path) if options.takeover else None
         if predecessor is None:
-            inherited, in_use = Inheritance(take_kept_descriptors(os.environ)), None
+            inherited = Inheritance(take_kept_descriptors(os.environ))
         else:
             stack.callback(predecessor.close)
-            inherited, in_use = predecessor.inherited, predecessor.handed.offload
+            inherited = predecessor.inherited
         stack.callback(inherited.close)
         netlink = node.netlink = await stack.enter_async_context(Netlink())
         overlays = self._overlays
+        in_use = {} if predecessor is None else predecessor.handed.offloads
         identity = await self._open(etcd, netlink, config, inherited, in_use)
         if predecessor is None:
             await self._serve_control(path)
@@ -234,7 +235,7 @@ class Daemon:
         netlink: Netlink,
         config: NetworkConfig,
         inherited: Inheritance,
-        in_use: Offload | None,
+        in_use: Mapping[str, Offload],
     ) -> OwnIdentity:
         """Open the overlay of each family; return who we are to the others."""
         options, each = self._options, self._overlays.each
@@ -246,7 +247,7 @@ class Daemon:
             )
             stack = self._stack.enter_context(contextlib.ExitStack())
             overlay = await Overlay.open(
-                options, netlink, config, underlying, stack, inherited, in_use
+                options, netlink, config, underlying, stack, inherited, in_use.get(name)
             )
             public_ip = each[0].underlying.public_ip if each else underlying.public_ip
             macs.append(await self._own_mac(etcd, overlay, public_ip, kernel_mac))

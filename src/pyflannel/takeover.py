@@ -34,7 +34,7 @@ from typing import Any
 from pyflannel.control.lease import BadLease, KeyValue, Lease, lease_key, parse_lease_untrusted
 from pyflannel.control.network_config import NetworkConfig
 from pyflannel.dataplane.inheritance import Inheritance
-from pyflannel.dataplane.offload import Offload, parse_offload
+from pyflannel.dataplane.offload import NO_OFFLOAD, Offload, parse_offload
 from pyflannel.dataplane.refusal import Refusal
 from pyflannel.node import Node
 from pyflannel.notify import notify
@@ -49,17 +49,21 @@ SETTLE_SECONDS = 15.0
 CHILD_POLL_SECONDS = 0.05
 STATE_BYTES = 1 << 16
 FDS_MAX = 253
+"""So many descriptors go into one message (linux/net/scm.h: SCM_MAX_FD)."""
 
 _UCRED = struct.Struct("iII")
 
 
 @dataclass(frozen=True, slots=True)
 class HandedOver:
-    """What a successor gets beside the descriptors; `expires_at` as the keeper has it."""
+    """What a successor gets beside the descriptors.
+
+    `expires_at` is as the keeper has it, `offloads` are those in use by device.
+    """
 
     lease: KeyValue
     expires_at: float | None
-    offload: Offload
+    offloads: Mapping[str, Offload]
 
     def to_json(self) -> bytes:
         """Return one line."""
@@ -74,7 +78,7 @@ class HandedOver:
                     "version": kv.version,
                     "etcd_lease": kv.lease,
                     "expires_at": self.expires_at,
-                    "offload": str(self.offload),
+                    "offloads": {device: str(x) for device, x in self.offloads.items()},
                 }
             ).encode()
             + b"\n"
@@ -87,8 +91,6 @@ class HandedOver:
             found = json.loads(line)
             if "error" in found:
                 raise Refusal(f"the running process cannot hand over: {found['error']}")
-            offload = parse_offload(found["offload"])
-            assert offload is not None
             return cls(
                 KeyValue(
                     found["key"].encode(),
@@ -99,7 +101,11 @@ class HandedOver:
                     int(found["etcd_lease"]),
                 ),
                 found["expires_at"],
-                offload,
+                {
+                    # What is in use is never auto.
+                    device: parse_offload(text) or NO_OFFLOAD
+                    for device, text in dict(found["offloads"]).items()
+                },
             )
         except (ValueError, TypeError, KeyError) as error:
             raise Refusal(
@@ -208,9 +214,14 @@ class Handover:
         if keeper is None or "starting" in self._node.readiness.reasons:
             raise Refusal("it is starting itself; try again when it is ready")
         kv, expires_at = keeper.to_hand_over()
-        fds = [fd for overlay in overlays for fd in overlay.descriptors()]
-        state = HandedOver(kv, expires_at, overlays[0].offload)
-        socket.send_fds(connection, [state.to_json()], [*fds, *self.listeners])
+        fds = [fd for overlay in overlays for fd in overlay.descriptors()] + self.listeners
+        if len(fds) > FDS_MAX:
+            raise Refusal(
+                f"{len(fds)} descriptors are open, and the kernel passes {FDS_MAX} on: restart "
+                "instead, with fewer --tun-queues or --source-ports"
+            )
+        state = HandedOver(kv, expires_at, {x.device: x.offload for x in overlays})
+        socket.send_fds(connection, [state.to_json()], fds)
         await _expect(connection, READY, PREPARE_SECONDS)
         try:
             for overlay in overlays:

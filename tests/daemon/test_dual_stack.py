@@ -8,7 +8,6 @@ c3 -- h3 (kernel) -+
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -99,22 +98,24 @@ def test_full_size_packet_passes_and_one_byte_more_does_not(made: Lab) -> None:
     for host, container in _containers(made)[:2]:
         target = container_address(made.hosts[2], 6)
         assert ping(container, target, "-M", "do", "-s", "1382"), host.name
-        assert not ping(container, target, "-M", "do", "-s", "1383")
+        assert not ping(container, target, "-M", "do", "-s", "1383", "-W", "0.2")
 
 
-@pytest.mark.parametrize("flags", [(), ("-R",), ("-u", "-b", "20M"), ("-u", "-b", "20M", "-R")])
+@pytest.mark.parametrize("flags", [(), ("-u", "-b", "20M")], ids=["tcp", "udp"])
 def test_tcp_and_udp_both_ways_with_the_kernel_node(made: Lab, flags: tuple[str, ...]) -> None:
     (_, ours), _, (kernel_host, kernel) = _containers(made)
     server = kernel.start("iperf3", "-s", "-1", log=made.folder / "iperf3.log")
     wait_until(lambda: ":5201" in kernel.exec("ss", "-ltn"), "iperf3 listens")
     target = str(container_address(kernel_host, 6))
-    end = json.loads(ours.exec("iperf3", "-J", "-c", target, "-t", "1", *flags))["end"]
+    words = ("iperf3", "-J", "--bidir", "-c", target, "-t", "1", *flags)
+    end = json.loads(ours.exec(*words))["end"]
     kernel.processes[server].wait(10)
-    if "-u" in flags:
-        assert end["sum"]["packets"] > 1000
-        assert end["sum"]["lost_packets"] == 0
-    else:
-        assert end["sum_received"]["bytes"] > 1_000_000
+    for way in ("", "_bidir_reverse"):
+        if "-u" in flags:
+            assert end[f"sum_received{way}"]["packets"] > 1000
+            assert end[f"sum_received{way}"]["lost_packets"] == 0
+        else:
+            assert end[f"sum_received{way}"]["bytes"] > 1_000_000
     statistics = json.loads(kernel_host.ip("-s", "-j", "link", "show", "flannel-v6.1"))[0]
     assert statistics["stats64"]["rx"]["errors"] == 0
 
@@ -162,55 +163,6 @@ def test_congestion_on_the_way_reaches_the_container(made: Lab) -> None:
         assert not ping(ours, container_address(made.hosts[2], 6))
     finally:
         h1.exec("nft", "delete", "table", "ip6", "congested")
-
-
-def test_host_state_is_flannels(made: Lab) -> None:
-    host = made.hosts[0]
-    env = host.subnet_env()
-    subnets = [
-        ip_network(env[name], strict=False) for name in ("FLANNEL_SUBNET", "FLANNEL_IPV6_SUBNET")
-    ]
-    assert host.subnet_file.read_text() == (
-        f"FLANNEL_NETWORK=10.244.0.0/16\nFLANNEL_SUBNET={subnets[0][1]}/24\n"
-        f"FLANNEL_IPV6_NETWORK={NETWORK_V6}\nFLANNEL_IPV6_SUBNET={subnets[1][1]}/64\n"
-        "FLANNEL_MTU=1430\nFLANNEL_IPMASQ=false\n"
-    )
-    for device, mtu, subnet in (
-        ("flannel.1", 1450, subnets[0]),
-        ("flannel-v6.1", 1430, subnets[1]),
-    ):
-        link = json.loads(host.ip("-d", "-j", "addr", "show", device))[0]
-        assert (link["mtu"], link["linkinfo"]["info_kind"]) == (mtu, "tun")
-        (address,) = [x for x in link["addr_info"] if x["scope"] == "global"]
-        assert (address["local"], address["prefixlen"]) == (
-            str(subnet[0]),
-            subnet.max_prefixlen,
-        )
-    peers = [ip_network(key.split("&")[1].replace("-", "/")) for key in made.leases()]
-    theirs = [subnet for subnet in peers if subnet != subnets[1]]
-    shown = [x for x in host.ip("-6", "route").splitlines() if "flannel-v6.1" in x and "via" in x]
-    expected = [
-        f"{subnet} via {subnet[0]} dev flannel-v6.1 metric 1024 onlink pref medium"
-        for subnet in theirs
-    ]
-    assert sorted(line.strip() for line in shown) == sorted(expected)
-    assert f"{subnets[1][0]} dev flannel-v6.1 proto kernel metric 256" in host.ip("-6", "route")
-
-
-def test_lease_in_etcd_is_flannels_json(made: Lab) -> None:
-    host = made.hosts[0]
-    (key, value) = next(
-        pair for pair in made.leases().items() if pair[1]["PublicIP"] == str(host.address)
-    )
-    assert re.fullmatch(r"10\.244\.\d+\.0-24&2001:db8:42:[0-9a-f]+::-64", key)
-    text = made.etcdctl("get", "--print-value-only", f"{PREFIX}/subnets/{key}").strip()
-    macs = [value[name]["VtepMAC"] for name in ("BackendData", "BackendV6Data")]  # type: ignore[index] # JSON
-    assert macs[0] != macs[1]
-    assert text == (
-        f'{{"PublicIP":"{host.address}","PublicIPv6":"{host.address_v6}","BackendType":"vxlan",'
-        f'"BackendData":{{"VNI":1,"VtepMAC":"{macs[0]}"}},'
-        f'"BackendV6Data":{{"VNI":1,"VtepMAC":"{macs[1]}"}}}}'
-    )
 
 
 def test_trace_and_metrics_know_both_devices(made: Lab) -> None:

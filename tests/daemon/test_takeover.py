@@ -7,6 +7,7 @@ c2 -- h2 (ours) --------------+
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -16,21 +17,25 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-import tests.lab.load
-from tests.lab.hosts import Host, Lab, Namespace, container_address, lab, ping, wait_until
+from pyflannel.control.lease import KeyValue
+from pyflannel.control.lease_keeper import LeaseKeeper
+from pyflannel.dataplane.refusal import Refusal
+from pyflannel.node import Node
+from pyflannel.options import parse_options
+from pyflannel.overlay import Overlay
+from pyflannel.takeover import Handover
+from tests.lab.flows import flows
+from tests.lab.hosts import Host, Lab, container_address, lab, ping, wait_until
 from tests.lab.require import require_program, require_root
 from tests.lab.supervisor import Supervisor
 
-PORT = 7000
 HEALTH_PORT = 8081
 PACKETS_PER_SECOND = 10_000
 FEW_PER_SECOND = 1000
-LOAD = (sys.executable, tests.lab.load.__file__)
 
 
 @pytest.fixture(scope="module")
@@ -64,55 +69,6 @@ def _reaches(nodes: Lab) -> bool:
     return ping(first.container, container_address(second))
 
 
-def _container(host: Host) -> Namespace:
-    assert host.container is not None
-    return host.container
-
-
-@dataclass
-class Count:
-    """Of one direction; `lost` once the load has ended."""
-
-    sent: int = 0
-    received: int = 0
-    duplicate: int = 0
-    reordered: int = 0
-
-    @property
-    def lost(self) -> int:
-        return self.sent - self.received
-
-
-@contextmanager
-def _load(nodes: Lab, rate: int = PACKETS_PER_SECOND) -> Iterator[list[Count]]:
-    """Send so many packets a second in each direction; the counts are there at the end."""
-    counts = [Count(), Count()]
-    logs = [nodes.folder / f"load{x}.log" for x in range(4)]
-    for log in logs:
-        log.unlink(missing_ok=True)
-    started: list[tuple[Namespace, int]] = []
-
-    def start(host: Host, log: Path, *words: str) -> None:
-        container = _container(host)
-        started.append((container, container.start(*LOAD, *words, log=log)))
-        wait_until(lambda: log.exists() and "ready" in log.read_text(), "the load is there")
-
-    pairs = (nodes.hosts, nodes.hosts[::-1])
-    for (_, target), log in zip(pairs, logs[:2]):
-        start(target, log, "receive", str(PORT))
-    for (source, target), log in zip(pairs, logs[2:]):
-        start(source, log, "send", str(container_address(target)), str(PORT), str(rate))
-    try:
-        yield counts
-    finally:
-        for container, index in reversed(started):
-            container.stop(index)
-    for count, receiver, sender in zip(counts, logs[:2], logs[2:]):
-        count.sent = int(sender.read_text().split()[-1])
-        words = receiver.read_text().split()[-3:]
-        count.received, count.duplicate, count.reordered = map(int, words)
-
-
 def _take_over(nodes: Lab, host: Host) -> None:
     """Start a successor on a host and wait until it is ready and the old process has ended."""
     old = next(x for x in host.processes if x.poll() is None)
@@ -128,7 +84,7 @@ def _state(nodes: Lab, host: Host) -> object:
 def test_ten_takeovers_lose_nothing_at_10000_packets_per_second(nodes: Lab) -> None:
     host = nodes.hosts[0]
     before = _state(nodes, host)
-    with _load(nodes) as counts:
+    with flows(nodes, PACKETS_PER_SECOND) as counts:
         for _ in range(10):
             _take_over(nodes, host)
             assert "is ready" in _readyz(host)
@@ -163,7 +119,7 @@ class _FakeSuccessor:
 @pytest.mark.parametrize("says_ready", [False, True])
 def test_successor_that_dies_leaves_the_old_process_at_work(nodes: Lab, says_ready: bool) -> None:
     host = nodes.hosts[0]
-    with _load(nodes) as counts:
+    with flows(nodes, PACKETS_PER_SECOND) as counts:
         for _ in range(5):
             successor = _FakeSuccessor(host)
             if says_ready:
@@ -173,6 +129,27 @@ def test_successor_that_dies_leaves_the_old_process_at_work(nodes: Lab, says_rea
             wait_until(lambda: "another successor" not in _asked_again(host), "the old one goes on")
     assert [(x.lost, x.duplicate, x.reordered) for x in counts] == [(0, 0, 0)] * 2, counts
     _take_over(nodes, host)
+
+
+def test_more_descriptors_than_one_message_carries_are_told() -> None:
+    class Crowd(Overlay):
+        def __init__(self) -> None:
+            pass
+
+        def descriptors(self) -> list[int]:
+            return [0] * 127
+
+    class Keeper(LeaseKeeper):
+        def __init__(self) -> None:
+            pass
+
+        def to_hand_over(self) -> tuple[KeyValue, float | None]:
+            return KeyValue(b"", b"", 0, 0, 0, 0), None
+
+    node = Node(parse_options([], {}), overlays=[Crowd(), Crowd()], keeper=Keeper())
+    node.readiness.clear("starting")
+    with socket.socket() as connection, pytest.raises(Refusal, match="254 descriptors are open"):
+        asyncio.run(Handover(node).takeover({}, connection))
 
 
 def _asked_again(host: Host) -> str:
@@ -221,7 +198,7 @@ def test_packets_queue_while_a_supervisor_restarts_the_daemon(nodes: Lab, number
     host = nodes.hosts[0]
     with _supervised(nodes, host) as supervisor:
         before = _state(nodes, host)
-        with _load(nodes, FEW_PER_SECOND) as counts:
+        with flows(nodes, FEW_PER_SECOND) as counts:
             for _ in range(2):
                 host.stop(len(host.processes) - 1, number)
                 _start(nodes, host, supervisor)
@@ -236,7 +213,7 @@ def test_packets_queue_while_a_supervisor_restarts_the_daemon(nodes: Lab, number
 def test_gap_of_a_restart_without_supervisor(nodes: Lab) -> None:
     host = nodes.hosts[0]
     before = _state(nodes, host)
-    with _load(nodes, FEW_PER_SECOND) as counts:
+    with flows(nodes, FEW_PER_SECOND) as counts:
         index = next(i for i, x in enumerate(host.processes) if x.poll() is None)
         host.stop(index)
         nodes.start_daemon(host, *_flags(host))
@@ -256,7 +233,7 @@ def test_reload_starts_a_successor_and_tells_the_supervisor(nodes: Lab) -> None:
     host = nodes.hosts[0]
     with _supervised(nodes, host) as supervisor:
         old = host.processes[-1]
-        with _load(nodes) as counts:
+        with flows(nodes, PACKETS_PER_SECOND) as counts:
             said = _reload(host)
         assert old.wait(10) == 0
         found = re.fullmatch(rf"process (\d+) has taken over from {old.pid}\n", said)
@@ -276,7 +253,7 @@ def test_reload_that_fails_says_why_and_changes_nothing(nodes: Lab) -> None:
     host = nodes.hosts[0]
     nodes.put_config('{"Network":"10.244.0.0/16","Backend":{"Type":"host-gw"}}')
     try:
-        with _load(nodes) as counts:
+        with flows(nodes, PACKETS_PER_SECOND) as counts:
             said = _reload(host)
     finally:
         nodes.put_config()

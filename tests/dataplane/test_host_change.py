@@ -16,6 +16,7 @@ from pyflannel.dataplane.host_change import (
     EVERYTHING,
     AddressChanged,
     Concern,
+    Diagnosis,
     HostEvent,
     InUse,
     LinkChanged,
@@ -27,6 +28,7 @@ from pyflannel.dataplane.host_change import (
 )
 from pyflannel.dataplane.host_events import parse_events
 from pyflannel.dataplane.interface import Interface, InterfaceAddress
+from pyflannel.dataplane.route import IPAddress
 
 DEVICE, INTERFACE, OTHER = 7, 2, 3
 OWN, UNDERLAY, SPARE = IPv4Address("10.5.1.0"), IPv4Address("192.0.2.1"), IPv4Address("192.0.2.9")
@@ -109,7 +111,7 @@ def test_overrun_concerns_everything() -> None:
     assert {one for one in Concern if one in EVERYTHING} == set(Concern) - {Concern.NOTHING}
 
 
-def _address(address: IPv4Address) -> InterfaceAddress:
+def _address(address: IPAddress) -> InterfaceAddress:
     return InterfaceAddress(address, 24, 0, deprecated=False, permanent=True, temporary=False)
 
 
@@ -171,7 +173,27 @@ def test_every_state_of_the_interface(
     if not up:
         assert found.trouble == "the underlay interface eth0 is down"
     else:
-        assert found.trouble == ("" if addresses else "eth0 has no usable address")
+        assert found.trouble == ("" if addresses else "eth0 has no usable IPv4 address")
+
+
+def test_a_link_local_address_is_no_substitute_for_one_that_peers_know() -> None:
+    known, new, link_local = (IPv6Address(x) for x in ("fd77::11", "fd77::22", "fe80::1"))
+    own = IPv6Address("2001:db8:42:3a::")
+    used = replace(USED, device_address=own, address=known)
+    device = replace(GOOD_DEVICE, addresses=(_address(own),))
+
+    def look(used: InUse, *addresses: IPv6Address) -> Diagnosis:
+        interface = replace(GOOD_INTERFACE, addresses=tuple(_address(x) for x in addresses))
+        return diagnose(used, device, interface)
+
+    gone = look(used, link_local)
+    assert (gone.repair, gone.address) == (Repair.NOTHING, known)
+    assert gone.trouble == "eth0 has no usable IPv6 address"
+    back = look(used, link_local, new)
+    assert (back.repair, back.address, back.trouble) == (Repair.REBIND, new, "")
+    # Whoever began with one goes on with one.
+    moved = look(replace(used, address=IPv6Address("fe80::2")), link_local)
+    assert (moved.repair, moved.address) == (Repair.REBIND, link_local)
 
 
 def _message(kind: int, body: bytes) -> bytes:

@@ -5,7 +5,7 @@
             eth0     eth0     eth0      192.168.77.11, .12, .13
             h1       h2       h3        each with a "container" c1.. behind cni0
 
-In a dual-stack lab the underlay has fd77::/64 as well: fd77::1 and fd77::b, ::c, ::d.
+In a dual-stack lab the underlay has fd77::/64 as well: fd77::1 and fd77::11, ::12, ::13.
 
 The underlay is wire-sized unless a lab is made with another of UNDERLAYS: segmentation and checksum
 offloads of every veth end are off, so frames are MTU-sized and every checksum is real.
@@ -203,7 +203,7 @@ class Lab:
         """Make the switch; the first step."""
         self._add(self.switch)
         self.switch.ip("link", "add", "br0", "type", "bridge")
-        self._address(self.switch, "br0", 1)
+        self._address(self.switch, "br0", SWITCH_ADDRESS, SWITCH_ADDRESS_V6)
         self.switch.ip("link", "set", "br0", "up")
 
     def _add(self, namespace: Namespace) -> None:
@@ -217,11 +217,13 @@ class Lab:
         if self._dual_stack:
             namespace.exec("sysctl", "-qw", "net.ipv6.conf.all.forwarding=1")
 
-    def _address(self, namespace: Namespace, device: str, number: int) -> None:
+    def _address(
+        self, namespace: Namespace, device: str, ipv4: IPv4Address, ipv6: IPv6Address
+    ) -> None:
         """Give a device its addresses in the underlay."""
-        _add_address(namespace, device, UNDERLAY[number], UNDERLAY.prefixlen)
+        _add_address(namespace, device, ipv4, UNDERLAY.prefixlen)
         if self._dual_stack:
-            _add_address(namespace, device, UNDERLAY_V6[number], UNDERLAY_V6.prefixlen)
+            _add_address(namespace, device, ipv6, UNDERLAY_V6.prefixlen)
 
     def close(self) -> None:
         """Stop and remove everything."""
@@ -235,13 +237,13 @@ class Lab:
         host = Host(
             f"{self._tag}-h{number}",
             address=UNDERLAY[10 + number],
-            address_v6=UNDERLAY_V6[10 + number],
+            address_v6=UNDERLAY_V6[0x10 + number],
             folder=folder,
         )
         self._add(host)
         port = f"h{number}"
         self._connect(host, "eth0", self.switch, port)
-        self._address(host, "eth0", 10 + number)
+        self._address(host, "eth0", host.address, host.address_v6)
         host.ip("link", "set", "eth0", "up")
         self.switch.ip("link", "set", port, "master", "br0", "up")
         host.ip("route", "add", "default", "via", str(SWITCH_ADDRESS))

@@ -1,6 +1,7 @@
 """Datagrams at a fixed rate, counted where they arrive; run as a program inside a container.
 
-`load.py receive PORT` counts until SIGTERM and then prints received, duplicate and reordered.
+`load.py receive ADDRESS PORT` counts until SIGTERM and then prints received, duplicate and
+reordered.
 `load.py send ADDRESS PORT RATE` sends until SIGTERM and then prints sent.
 """
 
@@ -18,13 +19,17 @@ BUFFER_BYTES = 64 << 20
 _SO_RCVBUFFORCE = 33
 
 
-def receive(port: int, ended: list[int]) -> None:
+def _socket(address: str) -> socket.socket:
+    return socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM)
+
+
+def receive(address: str, port: int, ended: list[int]) -> None:
     """Count what comes; after SIGTERM, until nothing came for a second."""
     seen, last = bytearray(), -1
     received = duplicate = reordered = 0
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as opened:
+    with _socket(address) as opened:
         opened.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, BUFFER_BYTES)
-        opened.bind(("", port))
+        opened.bind((address, port))
         opened.settimeout(LAST_SECONDS)
         print("ready", flush=True)
         while True:
@@ -46,7 +51,7 @@ def receive(port: int, ended: list[int]) -> None:
 def send(address: str, port: int, rate: int, ended: list[int]) -> None:
     """Send `rate` datagrams a second."""
     sent, began = 0, time.monotonic()
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as opened:
+    with _socket(address) as opened:
         opened.connect((address, port))
         print("ready", flush=True)
         while not ended:
@@ -62,6 +67,6 @@ if __name__ == "__main__":
     signals: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: signals.append(number))
     if sys.argv[1] == "receive":
-        receive(int(sys.argv[2]), signals)
+        receive(sys.argv[2], int(sys.argv[3]), signals)
     else:
         send(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), signals)
