@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from ipaddress import IPv4Network
 from pathlib import Path
@@ -27,10 +27,11 @@ from pyflannel.control.network_config import NetworkConfig
 from pyflannel.control_socket import ask, find_socket
 from pyflannel.dataplane.netlink import Netlink
 from pyflannel.dataplane.refusal import Refusal
-from pyflannel.dataplane.route import DEFAULT_PORT
+from pyflannel.dataplane.route import DEFAULT_PORT, Vni
 from pyflannel.etcd_access import ask_etcd
 from pyflannel.finding import Finding, failure
-from pyflannel.underlying import OVERHEAD_BYTES, Underlying, choose_underlay
+from pyflannel.options import Options
+from pyflannel.underlying import OVERHEAD_BYTES, Underlying, choose_underlay, device_name
 
 ANY_NETWORK = IPv4Network("0.0.0.0/0")
 MACHINE_ID = Path("/etc/machine-id")
@@ -103,64 +104,87 @@ async def examine(command: Command) -> Report:
         report.add("configuration", findings)
         report.add("clock", await cluster.check_clock(options))
     _check_host(report, config, None if daemon is None else daemon["pid"])
+    devices = _devices(config)
     async with Netlink() as netlink:
-        vni, port = (config.backend.vni, config.backend.port) if config else (1, DEFAULT_PORT)
         links = await netlink.links()
-        report.add("devices", host.check_devices(links, vni, port))
+        report.add("devices", host.check_devices(links, devices.values(), _port(config)))
         if config is None:
             return report
-        underlying = None
+        underlying: tuple[Underlying, ...] = ()
         try:
-            underlying = (await choose_underlay(options, netlink, config))[0]
+            underlying = await choose_underlay(options, netlink, config)
             report.add("interface", ())
         except Refusal as error:
             sentence, _, remedy = str(error).partition("; ")
             report.add("interface", [failure(sentence, remedy or "correct --iface")])
-        interface = None if underlying is None else underlying.choice.name
-        report.add("rp_filter", host.check_rp_filter(f"flannel.{vni}", interface))
+    interface = underlying[0].choice.name if underlying else None
+    report.add("rp_filter", host.check_rp_filter(devices[4], interface))
     with contextlib.suppress(Refusal):
         leases = await ask_etcd(
             options, lambda x: read_leases(x, options.etcd_prefix), cluster.ETCD_SECONDS
         )
         report.add("leases", cluster.check_leases(leases))
-        if underlying is not None:
-            await _check_peers(report, command, config, underlying, leases, daemon is not None)
+        if underlying:
+            await _check_peers(report, options, devices, underlying, leases, daemon is not None)
     return report
 
 
+def _devices(config: NetworkConfig | None) -> dict[int, str]:
+    """Return the name of our device by address family."""
+    if config is None:
+        return {4: device_name(4, Vni(1))}
+    versions = [subnets.network.version for subnets in config.ranges]
+    return {version: device_name(version, config.backend.vni) for version in versions}
+
+
+def _port(config: NetworkConfig | None) -> int:
+    return config.backend.port if config else DEFAULT_PORT
+
+
 def _check_host(report: Report, config: NetworkConfig | None, daemon: int | None) -> None:
-    vni, port = (config.backend.vni, config.backend.port) if config else (1, DEFAULT_PORT)
+    devices, port = _devices(config), _port(config)
     networks = [subnets.network for subnets in config.ranges] if config else [ANY_NETWORK]
+    nftables = config is not None and config.enable_nftables
     report.add("port", host.check_port(port, daemon))
     report.add(
         "firewall",
         [
-            *host.check_firewall_tools(nftables=config is not None and config.enable_nftables),
-            *host.check_firewall_input(port),
+            *host.check_firewall_tools(devices, nftables=nftables),
+            *host.check_firewall_input(devices, port),
         ],
     )
-    report.add("forwarding", host.check_forwarding(networks))
+    report.add("forwarding", host.check_forwarding(devices))
     report.add("bridge", host.check_bridge(networks))
-    report.add("linkdown", host.check_linkdown(f"flannel.{vni}"))
+    report.add("linkdown", host.check_linkdown(devices))
+    if 6 in devices:
+        report.add("ipv6", host.check_ipv6())
 
 
 async def _check_peers(
     report: Report,
-    command: Command,
-    config: NetworkConfig,
-    underlying: Underlying,
+    options: Options,
+    devices: Mapping[int, str],
+    underlying: Sequence[Underlying],
     leases: LeaseList,
     is_running: bool,
 ) -> None:
-    device = f"flannel.{config.backend.vni}"
     machine_id = MACHINE_ID.read_text().strip() if MACHINE_ID.exists() else ""
-    own = underlying.public_ip
+    ours = [each.public_ip for each in underlying]
     report.add(
         "public-ip",
-        cluster.check_own_lease(leases, own, command.options, device, machine_id),
+        [
+            finding
+            for own in ours
+            for finding in cluster.check_own_lease(
+                leases, own, options, devices[own.version], machine_id
+            )
+        ],
     )
-    peers = [x for x in leases.leases if x.attributes.public_ip != own and x.attributes.vtep]
-    reached, findings = await cluster.check_path_mtu(peers, underlying.mtu + OVERHEAD_BYTES[4])
+    peers = cluster.peers_of(leases.leases, ours)
+    # All families share the interface, and so the size of an outer packet.
+    outer_mtu = underlying[0].mtu + OVERHEAD_BYTES[underlying[0].version]
+    addresses = {part.public_ip for part in peers if part.public_ip is not None}
+    reached, findings = await cluster.check_path_mtu(addresses, outer_mtu)
     report.add("path-mtu", findings)
     if is_running:
         report.add("vteps", await cluster.check_vteps(peers, reached))

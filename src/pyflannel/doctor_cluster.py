@@ -10,13 +10,12 @@ import email.utils
 import http.client
 import ssl
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
-from ipaddress import IPv4Address
 from urllib.parse import urlsplit
 
 from pyflannel.control.etcd import Reading
-from pyflannel.control.lease import Lease, config_key
+from pyflannel.control.lease import Lease, LeasePart, config_key
 from pyflannel.control.lease_list import LeaseList
 from pyflannel.control.network_config import (
     NetworkConfig,
@@ -30,10 +29,12 @@ from pyflannel.echo import echo
 from pyflannel.etcd_access import ask_etcd
 from pyflannel.finding import Finding, failure, warning
 from pyflannel.options import Options
+from pyflannel.underlying import MTU_MIN_BYTES
 
 ETCD_SECONDS = 5.0
 CLOCK_SECONDS = 5.0
 ECHO_SECONDS = 1.0
+ECHO_BYTES = 84
 NAMED = 5
 """Of many peers with the same trouble so many are named."""
 
@@ -125,19 +126,33 @@ def _tls(options: Options) -> ssl.SSLContext:
 
 
 def check_leases(found: LeaseList) -> Iterator[Finding]:
-    """No two leases may have one public IP, and every key must be a lease."""
-    by_address: dict[IPv4Address, list[Lease]] = {}
-    for lease in found.leases:
-        by_address.setdefault(lease.attributes.public_ip, []).append(lease)
-    for address, leases in by_address.items():
-        if len(leases) > 1:
-            subnets = ", ".join(str(lease.subnet.ipv4) for lease in leases)
+    """No two leases may have one public IP of a family, and every key must be a lease."""
+    by_address: dict[IPAddress, list[LeasePart]] = {}
+    for _, part in _parts(found.leases):
+        if part.public_ip is not None:
+            by_address.setdefault(part.public_ip, []).append(part)
+    for address, parts in by_address.items():
+        if len(parts) > 1:
+            subnets = ", ".join(str(part.subnet) for part in parts)
             yield failure(
                 f"the leases {subnets} have one public IP, {address}",
-                "give each host its own --public-ip, and delete the key of a host that is gone",
+                f"give each host its own {_flag(address)}, and delete the key of a host that is "
+                "gone",
             )
     for key, why in found.bad.items():
         yield warning(f"{key} in etcd is not a lease: {why}", f"etcdctl del {key}")
+
+
+def _parts(leases: Iterable[Lease]) -> Iterator[tuple[Lease, LeasePart]]:
+    """Yield what each lease says of each family that it has a subnet of."""
+    for lease in leases:
+        for version in (4, 6):
+            if (part := lease.part(version)) is not None:
+                yield lease, part
+
+
+def _flag(public_ip: IPAddress) -> str:
+    return "--public-ip" if public_ip.version == 4 else "--public-ipv6"
 
 
 def check_own_lease(
@@ -145,24 +160,22 @@ def check_own_lease(
 ) -> Iterator[Finding]:
     """Nobody else may have our public IP: the VTEP MAC kept on this host tells."""
     ours = load_vtep_mac(options.state_dir / f"{device}.json", machine_id)
-    for lease in found.leases:
-        vtep = lease.attributes.vtep
-        if lease.attributes.public_ip == public_ip and vtep and ours and vtep.mac != ours:
+    for _, part in _parts(found.leases):
+        if part.public_ip == public_ip and part.vtep and ours and part.vtep.mac != ours:
             yield failure(
-                f"the lease {lease.subnet.ipv4} has our public IP {public_ip} and the VTEP MAC "
-                f"{vtep.mac}, where this host has {ours}: another host uses our address",
-                "give each its own --public-ip",
+                f"the lease {part.subnet} has our public IP {public_ip} and the VTEP MAC "
+                f"{part.vtep.mac}, where this host has {ours}: another host uses our address",
+                f"give each its own {_flag(public_ip)}",
             )
 
 
 async def check_path_mtu(
-    peers: Sequence[Lease], outer_mtu: int
-) -> tuple[set[IPv4Address], list[Finding]]:
+    addresses: Collection[IPAddress], outer_mtu: int
+) -> tuple[set[IPAddress], list[Finding]]:
     """Find the largest packet that reaches each peer whole; return who answers at all, too."""
-    addresses = {lease.attributes.public_ip for lease in peers}
-    reached = await echo(dict.fromkeys(addresses, 0), ECHO_SECONDS) if addresses else set()
-    whole = await echo(dict.fromkeys(reached, outer_mtu), ECHO_SECONDS) if reached else set()
-    low = dict.fromkeys(reached - whole, 68)
+    reached = await echo(dict.fromkeys(addresses, 0), ECHO_SECONDS)
+    whole = await echo(dict.fromkeys(reached, outer_mtu), ECHO_SECONDS)
+    low = {address: MTU_MIN_BYTES[address.version] for address in reached - whole}
     high = dict.fromkeys(low, outer_mtu)
     while sizes := {x: (low[x] + high[x]) // 2 for x in low if high[x] - low[x] > 1}:
         answered = await echo(sizes, ECHO_SECONDS)
@@ -178,17 +191,34 @@ async def check_path_mtu(
     return reached, _few(findings)
 
 
-async def check_vteps(peers: Sequence[Lease], reached: set[IPv4Address]) -> list[Finding]:
+def peers_of(leases: Iterable[Lease], ours: Collection[IPAddress]) -> dict[LeasePart, Lease]:
+    """Return the parts of others' leases, in our families, that packets could be sent to.
+
+    `ours` are our public IPs, one of each family.
+    """
+    versions = [address.version for address in ours]
+    return {
+        part: lease
+        for lease, part in _parts(leases)
+        if part.subnet.version in versions
+        and part.public_ip is not None
+        and part.public_ip not in ours
+        and part.vtep is not None
+    }
+
+
+async def check_vteps(
+    peers: Mapping[LeasePart, Lease], reached: Collection[IPAddress]
+) -> list[Finding]:
     """Ask each peer for an echo over the overlay, at the address of its VTEP."""
-    bases: dict[IPv4Address, Lease] = {lease.subnet.ipv4.network_address: lease for lease in peers}
-    answered = await echo(dict.fromkeys(bases, 84), ECHO_SECONDS) if bases else set()
+    bases = {part.subnet.network_address: part for part in peers}
+    answered = await echo(dict.fromkeys(bases, ECHO_BYTES), ECHO_SECONDS)
     findings = []
-    for base, lease in bases.items():
+    for base, part in bases.items():
         if base in answered:
             continue
-        address = lease.attributes.public_ip
-        where = f"{base}, the VTEP of {lease.subnet.ipv4} at {address}, does not answer"
-        if address in reached:
+        where = f"{base}, the VTEP of {part.subnet} at {part.public_ip}, does not answer"
+        if part.public_ip in reached:
             findings.append(
                 failure(
                     f"{where} over the overlay, though the host itself does",
@@ -199,7 +229,8 @@ async def check_vteps(peers: Sequence[Lease], reached: set[IPv4Address]) -> list
             findings.append(
                 warning(
                     f"{where}, nor does the host itself",
-                    f"look whether it is up; if it is gone, etcdctl del its key {lease.subnet}",
+                    f"look whether it is up; if it is gone, etcdctl del its key "
+                    f"{peers[part].subnet}",
                 )
             )
     return _few(findings)

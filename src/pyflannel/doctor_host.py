@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from pyflannel.dataplane.netlink import Link
@@ -21,6 +21,16 @@ from pyflannel.traffic import bridge_warning
 
 TUN = Path("/dev/net/tun")
 SYSCTL = Path("/proc/sys/net")
+
+_IPTABLES = {4: "iptables", 6: "ip6tables"}
+# A host that forwards IPv6 listens to router advertisements no more, unless told to.
+_FORWARDING = {
+    4: ("ipv4/ip_forward", ""),
+    6: (
+        "ipv6/conf/all/forwarding",
+        "; where a router gives this host its address, set accept_ra of that interface to 2 first",
+    ),
+}
 
 # linux/capability.h
 _CAPABILITIES = {"CAP_NET_ADMIN": 12, "CAP_NET_RAW": 13}
@@ -66,38 +76,42 @@ def check_port(port: int, daemon: int | None) -> Iterator[Finding]:
     )
 
 
-def check_devices(links: Sequence[Link], vni: int, port: int) -> Iterator[Finding]:
-    """The kernel must have no vxlan device on our port, and nothing else of our device's name."""
-    name = f"flannel.{vni}"
+def check_devices(links: Sequence[Link], devices: Collection[str], port: int) -> Iterator[Finding]:
+    """The kernel must have no vxlan device on our port, and nothing else of our devices' names."""
     for link in links:
-        if link.kind == "vxlan" and (link.name == name or (link.vxlan_port == port and link.up)):
+        if link.kind == "vxlan" and (link.name in devices or (link.vxlan_port == port and link.up)):
             yield failure(
                 f"{link.name} is a kernel vxlan device on UDP port {link.vxlan_port}, left by "
                 "flanneld or in use by it",
                 f"stop flanneld, then `ip link del {link.name}` or start with "
                 "--replace-kernel-device",
             )
-        elif link.name == name and link.kind != "tun":
+        elif link.name in devices and link.kind != "tun":
             yield failure(
-                f"{name} exists and is a {link.kind or 'hardware'} device", f"ip link del {name}"
+                f"{link.name} exists and is a {link.kind or 'hardware'} device",
+                f"ip link del {link.name}",
             )
 
 
-def check_firewall_tools(*, nftables: bool) -> Iterator[Finding]:
+def check_firewall_tools(versions: Collection[int], *, nftables: bool) -> Iterator[Finding]:
     """What writes the masquerade and forward rules must be installed."""
-    tool = "nft" if nftables else "iptables-restore"
-    if shutil.which(tool) is None:
-        other = "false" if nftables else "true"
-        yield warning(
-            f"{tool} is not installed, so masquerade and forward rules cannot be written",
-            f"install {'nftables' if nftables else 'iptables'}, or set EnableNFTables to {other}",
-        )
+    tools = ["nft"] if nftables else [f"{_IPTABLES[version]}-restore" for version in versions]
+    for tool in tools:
+        if shutil.which(tool) is None:
+            other = "false" if nftables else "true"
+            yield warning(
+                f"{tool} is not installed, so masquerade and forward rules cannot be written",
+                f"install {'nftables' if nftables else 'iptables'}, or set EnableNFTables to "
+                f"{other}",
+            )
 
 
-def check_firewall_input(port: int) -> Iterator[Finding]:
+def check_firewall_input(versions: Collection[int], port: int) -> Iterator[Finding]:
     """The host's firewall must let the VXLAN port in; told from what it says about this port."""
-    for tool in ("iptables-nft", "iptables-legacy"):
-        yield from _judge_input(_output(tool, "-S", "INPUT"), "-P INPUT DROP", port, tool)
+    for version in versions:
+        for flavour in ("nft", "legacy"):
+            tool = f"{_IPTABLES[version]}-{flavour}"
+            yield from _judge_input(_output(tool, "-S", "INPUT"), "-P INPUT DROP", port, tool)
     for chain in re.findall(r"chain [^{]*\{[^}]*\}", _output("nft", "list", "ruleset")):
         # Chains of iptables-nft were looked at above.
         if re.search(r"hook input .*policy", chain) and "chain INPUT " not in chain:
@@ -124,42 +138,53 @@ def _output(*command: str) -> str:
         return ""
 
 
-def check_forwarding(networks: Sequence[IPNetwork]) -> Iterator[Finding]:
+def check_forwarding(versions: Collection[int]) -> Iterator[Finding]:
     """The host must forward packets of its containers."""
-    for network in networks:
-        name, key = (
-            ("ipv4/ip_forward", "net.ipv4.ip_forward")
-            if network.version == 4
-            else ("ipv6/conf/all/forwarding", "net.ipv6.conf.all.forwarding")
-        )
-        if _setting(name) == 0:
+    for version in versions:
+        path, besides = _FORWARDING[version]
+        if _setting(path) == 0:
             yield warning(
-                f"{key} is 0: this host does not forward packets to or from its containers",
-                f"sysctl -w {key}=1",
+                f"{_key(path)} is 0: this host does not forward packets to or from its containers",
+                f"sysctl -w {_key(path)}=1{besides}",
             )
+
+
+def check_ipv6() -> Iterator[Finding]:
+    """IPv6 must be switched on for the devices to come."""
+    for name in ("all", "default"):
+        path = f"ipv6/conf/{name}/disable_ipv6"
+        if _setting(path) == 1:
+            yield failure(
+                f"{_key(path)} is 1, so our device can have no IPv6 address",
+                f"sysctl -w {_key(path)}=0",
+            )
+            return
 
 
 def check_rp_filter(device: str, interface: str | None) -> Iterator[Finding]:
-    """Strict reverse path filtering drops what comes back by another way."""
+    """Strict reverse path filtering drops what comes back by another way; IPv6 has none."""
     for name in filter(None, (device, interface)):
-        if max(_setting("ipv4/conf/all/rp_filter"), _setting(f"ipv4/conf/{name}/rp_filter")) == 1:
+        paths = ("ipv4/conf/all/rp_filter", f"ipv4/conf/{name}/rp_filter")
+        if max(_setting(path) for path in paths) == 1:
             yield warning(
                 f"rp_filter is 1 (strict) on {name}: packets whose way back is another interface "
                 "are dropped, as with DirectRouting or several uplinks",
-                f"sysctl -w net.ipv4.conf.all.rp_filter=2 net.ipv4.conf.{name}.rp_filter=2",
+                f"sysctl -w {' '.join(f'{_key(path)}=2' for path in paths)}",
             )
 
 
-def check_linkdown(device: str) -> Iterator[Finding]:
+def check_linkdown(devices: Mapping[int, str]) -> Iterator[Finding]:
     """While the daemon is away its routes must not be passed over for the default route."""
-    for name in ("all", device):
-        if _setting(f"ipv4/conf/{name}/ignore_routes_with_linkdown") == 1:
-            key = f"net.ipv4.conf.{name}.ignore_routes_with_linkdown"
-            yield warning(
-                f"{key} is 1: while the daemon is away, packets to other nodes' containers leave "
-                "unencapsulated by the default route",
-                f"sysctl -w {key}=0",
-            )
+    for version, device in devices.items():
+        for name in ("all", device):
+            path = f"ipv{version}/conf/{name}/ignore_routes_with_linkdown"
+            if _setting(path) == 1:
+                yield warning(
+                    f"{_key(path)} is 1: while the daemon is away, packets to other nodes' "
+                    "containers leave unencapsulated by the default route",
+                    f"sysctl -w {_key(path)}=0",
+                )
+                break
 
 
 def check_bridge(networks: Sequence[IPNetwork]) -> Iterator[Finding]:
@@ -167,6 +192,11 @@ def check_bridge(networks: Sequence[IPNetwork]) -> Iterator[Finding]:
     if sentence := bridge_warning([(network, network) for network in networks]):
         said, _, remedy = sentence.rpartition("; ")
         yield warning(said, remedy)
+
+
+def _key(path: str) -> str:
+    """Return what sysctl(8) calls a setting: a dot in a device's name is a slash there."""
+    return "net." + path.translate(str.maketrans("./", "/."))
 
 
 def _setting(name: str) -> int:

@@ -22,16 +22,19 @@ async def trace(node: Node, address: IPAddress) -> dict[str, Any]:
         raise Refusal("the daemon is still starting; status tells what it waits for")
     kernel = await netlink.route_to(address)
     overlay = next((x for x in node.overlays if kernel and kernel.name == x.device), None)
-    found = below = None
-    if overlay is not None:
-        found = overlay.context.lookup(address)
-    if found is not None:
-        below = await netlink.route_to(found.underlay)
+    found = next((x for x in (y.context.lookup(address) for y in node.overlays) if x), None)
+    is_direct = bool(found and kernel and kernel.gateway == found.underlay)
+    if overlay is None and not is_direct:
+        found = None
+    below = None if found is None else await netlink.route_to(found.underlay)
     own = keeper.own.subnet
     unused = {**table.quarantined(), **table.bad()}
-    if overlay is None:
-        networks = [subnets.network for subnets in config.ranges]
-        why = _why_not_ours(address, kernel, networks, () if own is None else own.parts)
+    if found is not None and below is not None and is_direct:
+        why = f"sent straight to {found.underlay} by {below.name}, on the same link (DirectRouting)"
+    elif overlay is None:
+        ranges = (subnets.network for subnets in config.ranges)
+        network = next((x for x in ranges if x.version == address.version), None)
+        why = _why_not_ours(address, kernel, network, () if own is None else own.parts)
     else:
         why = _why(address, overlay.device, found, below, unused)
     return {
@@ -62,7 +65,7 @@ def _reach(reach: Reach) -> dict[str, str | None]:
 def _why_not_ours(
     address: IPAddress,
     kernel: Reach | None,
-    networks: Sequence[IPNetwork],
+    network: IPNetwork | None,
     own: Sequence[IPNetwork],
 ) -> str:
     """Return why the kernel does not hand a packet to our device."""
@@ -73,13 +76,14 @@ def _why_not_ours(
     for subnet in own:
         if address in subnet:
             return f"it is in this host's own subnet {subnet}, behind {kernel.name}"
-    if any(address in network for network in networks):
+    if network is None:
+        return f"the network has no IPv{address.version}, and the kernel sends it by {kernel.name}"
+    if address in network:
         return (
             f"the kernel sends it by {kernel.name}: no lease holds it, or another route hides the "
             "overlay's; see `ip route get`"
         )
-    told = " and ".join(str(network) for network in networks)
-    return f"it is outside the network {told}, and the kernel sends it by {kernel.name}"
+    return f"it is outside the network {network}, and the kernel sends it by {kernel.name}"
 
 
 def _why(

@@ -7,18 +7,35 @@ c3 -- h3 (kernel) -+
 
 from __future__ import annotations
 
+import asyncio
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from functools import partial
 from ipaddress import IPv4Network, IPv6Network, ip_network
+from typing import Any
 
 import pytest
 from scapy.layers.inet import UDP
 from scapy.layers.inet6 import IPv6
 from scapy.layers.l2 import Ether
 
-from tests.lab.hosts import PREFIX, Host, Lab, Namespace, container_address, lab, ping, wait_until
+from pyflannel.dataplane.route import IPAddress
+from pyflannel.echo import echo
+from tests.lab.hosts import (
+    ETCD_PORT,
+    PREFIX,
+    SWITCH_ADDRESS,
+    Host,
+    Lab,
+    Namespace,
+    container_address,
+    lab,
+    ping,
+    wait_until,
+)
+from tests.lab.inside import inside
 from tests.lab.kernel_node import program_kernel_node, start_kernel_node
 from tests.lab.require import require_program, require_root
 
@@ -27,6 +44,7 @@ CONFIG = (
     f'{{"Network":"10.244.0.0/16","EnableIPv6":true,"IPv6Network":"{NETWORK_V6}",'
     '"Backend":{"Type":"vxlan"}}'
 )
+ETCD = f"http://{SWITCH_ADDRESS}:{ETCD_PORT}"
 KERNEL_SUBNET, KERNEL_MAC = IPv4Network("10.244.200.0/24"), "0a:00:00:00:00:03"
 KERNEL_V6 = IPv6Network("2001:db8:42:c8::/64"), "0a:06:00:00:00:03"
 
@@ -165,19 +183,148 @@ def test_congestion_on_the_way_reaches_the_container(made: Lab) -> None:
         h1.exec("nft", "delete", "table", "ip6", "congested")
 
 
-def test_trace_and_metrics_know_both_devices(made: Lab) -> None:
-    host, target = made.hosts[0], container_address(made.hosts[2], 6)
-    words = ("-m", "pyflannel", "trace", str(target), "--json", "--control-dir", str(host.folder))
-    found = json.loads(host.exec(sys.executable, *words))
-    assert found["route"]["subnet"] == str(KERNEL_V6[0])
-    assert found["why"] == (
-        f"sent to VTEP {KERNEL_V6[1]} at {made.hosts[2].address_v6} port 8472 by eth0"
+def _trace(host: Host, address: object) -> dict[str, Any]:
+    words = ("trace", str(address), "--json", "--control-dir", str(host.folder))
+    found: dict[str, Any] = json.loads(
+        host.exec(sys.executable, "-m", "pyflannel", *words, check=False)
     )
-    read = "import urllib.request as r; print(r.urlopen('http://127.0.0.1:8081/metrics').read())"
-    page = host.exec("python3", "-c", read)
-    for device in ("flannel.1", "flannel-v6.1"):
-        assert f'pyflannel_packets_total{{device="{device}",direction="encap"}}' in page
-    assert f'subnet="{KERNEL_V6[0]}"' in page
+    return found
+
+
+def test_trace(made: Lab) -> None:
+    host, kernel = made.hosts[0], made.hosts[2]
+    found = _trace(host, container_address(kernel, 6))
+    assert found["sent"] is True
+    assert found["route"]["subnet"] == str(KERNEL_V6[0])
+    assert found["why"] == f"sent to VTEP {KERNEL_V6[1]} at {kernel.address_v6} port 8472 by eth0"
+    bad = f"{PREFIX}/subnets/10.244.250.0-24&2001:db8:42:fa::-64"
+    made.etcdctl("put", bad, '{"PublicIP":"192.168.77.8","PublicIPv6":"::1","BackendType":"vxlan"}')
+    host.ip("route", "add", "2001:db8:42:fa::/64", "dev", "flannel-v6.1")
+    for address, why in (
+        (container_address(host, 6), "in this host's own subnet 2001:db8:42:"),
+        (host.address_v6, "it is an address of this host"),
+        (kernel.address_v6, f"outside the network {NETWORK_V6}"),
+        ("2001:db8:42:fb::1", "no lease holds it"),
+        ("2001:db8:42:fa::1", "is not used"),
+    ):
+        found = _trace(host, address)
+        assert found["sent"] is False
+        assert why in found["why"]
+    host.ip("route", "del", "2001:db8:42:fa::/64", "dev", "flannel-v6.1")
+    made.etcdctl("del", bad)
+
+
+def _doctor(host: Host, *flags: str) -> dict[str, list[tuple[str, str]]]:
+    """Return sentence and remedy of what each check has found; nothing of what only this machine
+    may lack.
+    """
+    words = ("doctor", "--json", "--iface", "eth0", "--etcd-endpoints", ETCD, "--control-dir")
+    state = ("--state-dir", str(host.folder / "state"))
+    said = host.exec(
+        *(sys.executable, "-m", "pyflannel", *words, str(host.folder), *state, *flags), check=False
+    )
+    report = json.loads(said)
+    found: dict[str, list[tuple[str, str]]] = {
+        check: [] for check in report["checks"] if check != "bridge"
+    }
+    for finding in report["findings"]:
+        if finding["check"] in found:
+            found[finding["check"]].append((finding["sentence"], finding["remedy"]))
+    return found
+
+
+def test_doctor_finds_nothing_amiss_where_both_families_are_well(made: Lab) -> None:
+    found = _doctor(made.hosts[0])
+    assert {"ipv6", "path-mtu", "vteps"} <= found.keys()
+    assert not any(found.values()), found
+
+
+def test_doctor_finds_what_is_amiss_with_ipv6(made: Lab) -> None:
+    host, kernel = made.hosts[0], made.hosts[2]
+    twin = f"{PREFIX}/subnets/10.244.250.0-24&2001:db8:42:fa::-64"
+    value = next(x for x in made.leases().values() if x["PublicIP"] == str(kernel.address))
+    made.etcdctl("put", twin, json.dumps(value | {"PublicIP": str(SWITCH_ADDRESS)}))
+    closed = ("INPUT", "-p", "udp", "--dport", "8472", "-j", "DROP")
+    settings = (
+        ("net.ipv6.conf.all.forwarding", 0, 1),
+        ("net.ipv6.conf.default.disable_ipv6", 1, 0),
+        ("net.ipv6.conf.flannel-v6/1.ignore_routes_with_linkdown", 1, 0),
+    )
+    state = host.folder / "other-state"
+    shutil.copytree(host.folder / "state", state)
+    entry = json.loads((state / "flannel-v6.1.json").read_text()) | {"vtep_mac": KERNEL_MAC}
+    (state / "flannel-v6.1.json").write_text(json.dumps(entry))
+    kernel.exec("ip6tables-nft", "-I", *closed)
+    host.exec("ip6tables-nft", "-I", *closed, "-s", "2001:db8:ffff::/48")
+    for key, wrong, _ in settings:
+        host.exec("sysctl", "-qw", f"{key}={wrong}")
+    try:
+        found = _doctor(host, "--state-dir", str(state))
+        for (key, _, right), check in zip(settings, ("forwarding", "ipv6", "linkdown")):
+            ((_, remedy),) = found[check]
+            host.exec(*remedy.partition(";")[0].split())
+            assert host.exec("sysctl", "-n", key).strip() == str(right)
+    finally:
+        for key, _, right in settings:
+            host.exec("sysctl", "-qw", f"{key}={right}")
+        for each in (host, kernel):
+            each.exec("ip6tables-nft", "-F", "INPUT")
+        made.etcdctl("del", twin)
+    (own,) = [x for x in made.leases().items() if x[1]["PublicIP"] == str(host.address)]
+    own_v6 = own[0].split("&")[1].replace("-", "/")
+    own_mac = own[1]["BackendV6Data"]["VtepMAC"]  # type: ignore[index] # JSON
+    assert {check: [x for x, _ in those] for check, those in found.items() if those} == {
+        "firewall": [
+            "ip6tables-nft closes UDP port 8472: -A INPUT -s 2001:db8:ffff::/48 -p udp -m udp "
+            "--dport 8472 -j DROP"
+        ],
+        "forwarding": [
+            "net.ipv6.conf.all.forwarding is 0: this host does not forward packets to or from its "
+            "containers"
+        ],
+        "ipv6": ["net.ipv6.conf.default.disable_ipv6 is 1, so our device can have no IPv6 address"],
+        "linkdown": [
+            "net.ipv6.conf.flannel-v6/1.ignore_routes_with_linkdown is 1: while the daemon is "
+            "away, packets to other nodes' containers leave unencapsulated by the default route"
+        ],
+        "leases": [
+            f"the leases {KERNEL_V6[0]}, 2001:db8:42:fa::/64 have one public IP, "
+            f"{kernel.address_v6}"
+        ],
+        "public-ip": [
+            f"the lease {own_v6} has our public IP {host.address_v6} and the VTEP MAC {own_mac}, "
+            f"where this host has {KERNEL_MAC}: another host uses our address"
+        ],
+        "vteps": [
+            f"{ip_network(subnet)[0]}, the VTEP of {subnet} at {address}, does not answer over the "
+            "overlay, though the host itself does"
+            for subnet, address in (
+                (KERNEL_V6[0], kernel.address_v6),
+                ("10.244.250.0/24", SWITCH_ADDRESS),
+                ("2001:db8:42:fa::/64", kernel.address_v6),
+            )
+        ],
+    }
+
+
+def test_echo_in_ipv6_is_of_the_size_that_was_asked_for(made: Lab) -> None:
+    host, kernel = made.hosts[0], made.hosts[2]
+
+    def who_answers(size: int) -> set[IPAddress]:
+        return asyncio.run(echo({kernel.address: size, kernel.address_v6: size}, 0.1))
+
+    assert inside(host, lambda: who_answers(0)) == {kernel.address, kernel.address_v6}
+    assert inside(host, lambda: who_answers(1500)) == {kernel.address, kernel.address_v6}
+    assert not inside(host, lambda: who_answers(1501))
+    # A smaller MTU behind our own interface: the sender is told, and nothing is fragmented.
+    kernel.ip("link", "set", "eth0", "mtu", "1400")
+    made.switch.ip("link", "set", "h3", "mtu", "1400")
+    try:
+        assert inside(host, lambda: who_answers(1400)) == {kernel.address, kernel.address_v6}
+        assert not inside(host, lambda: who_answers(1401))
+    finally:
+        kernel.ip("link", "set", "eth0", "mtu", "1500")
+        made.switch.ip("link", "set", "h3", "mtu", "1500")
 
 
 def test_restart_keeps_subnets_macs_and_traffic_and_does_the_rest_for_ipv6(made: Lab) -> None:
@@ -258,3 +405,8 @@ def test_a_host_gets_ipv6_beside_the_ipv4_subnet_it_has(made: Lab) -> None:
     assert len([x for x in made.leases().values() if x["PublicIP"] == str(h1.address)]) == 1
     theirs = ip_network(h2.subnet_env()["FLANNEL_IPV6_SUBNET"], strict=False)
     assert f"{theirs} via {h2.address_v6} dev eth0 metric 1024" in h1.ip("-6", "route")
+    found = _trace(h1, theirs[2])
+    assert found["sent"] is True
+    assert found["why"] == (
+        f"sent straight to {h2.address_v6} by eth0, on the same link (DirectRouting)"
+    )
