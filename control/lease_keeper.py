@@ -113,6 +113,8 @@ class LeaseKeeper:
             subnet=None if lease is None else lease.subnet,
             public_ip=self._identity.public_ip,
             vtep_mac=self._identity.vtep_mac,
+            public_ipv6=self._identity.public_ipv6,
+            vtep_mac_v6=self._identity.vtep_mac_v6,
             etcd_lease=0 if lease is None else lease.etcd_lease,
             expires_at=self._expires_at,
             renewals=self._renewals,

@@ -32,7 +32,7 @@ from __future__ import annotations
 from collections.abc import Container
 from dataclasses import dataclass
 from enum import Enum
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, IPv6Address
 
 from pyflannel.control.lease import (
     LEASE_TTL_SECONDS,
@@ -113,6 +113,8 @@ class OwnLease:
     subnet: LeaseSubnet | None = None
     public_ip: IPv4Address | None = None
     vtep_mac: MacAddress | None = None
+    public_ipv6: IPv6Address | None = None
+    vtep_mac_v6: MacAddress | None = None
     etcd_lease: int = 0
     expires_at: float | None = None
     renewals: int = 0

@@ -22,6 +22,7 @@ def leases_value(found: Iterable[Lease], unused: Mapping[str, str], prefix: str)
                 "public_ipv6": _text(lease.attributes.public_ipv6),
                 "backend_type": lease.attributes.backend_type,
                 "vtep_mac": _text(lease.attributes.vtep and lease.attributes.vtep.mac),
+                "vtep_mac_ipv6": _text(lease.attributes.vtep_v6 and lease.attributes.vtep_v6.mac),
                 "reservation": lease.etcd_lease == 0,
                 "revision": lease.mod_revision,
             }

@@ -244,6 +244,8 @@ class Overlay:
             else:
                 assert isinstance(change, Delete)
                 kernel[change.subnet] = None
+        if not kernel:
+            return
         replaced = {subnet: address for subnet, address in kernel.items() if address is not None}
         deleted = [subnet for subnet, address in kernel.items() if address is None]
         try:

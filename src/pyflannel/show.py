@@ -102,14 +102,19 @@ def status_lines(value: Json) -> list[str]:
 
 
 def _lease_line(lease: Json) -> str:
-    subnets = " and ".join(x for x in (lease["subnet"], lease["subnet_ipv6"]) if x) or "none"
+    subnets = _both(lease, "subnet", " and ") or "none"
     if lease["expires_in_seconds"] is None:
         until = "a reservation" if lease["reservation"] else "none yet"
     else:
         until = (
             f"renewed {span(lease['age_seconds'])} ago, ends in {span(lease['expires_in_seconds'])}"
         )
-    return f"{subnets} ({lease['state']}), {until}; VTEP MAC {lease['vtep_mac']}"
+    return f"{subnets} ({lease['state']}), {until}; VTEP MAC {_both(lease, 'vtep_mac', ' and ')}"
+
+
+def _both(lease: Json, name: str, between: str) -> str:
+    """Return a field of each family that the lease has it of."""
+    return between.join(x for x in (lease[name], lease[f"{name}_ipv6"]) if x)
 
 
 def _etcd_rows(etcd: Json) -> list[tuple[str, str]]:
@@ -171,9 +176,9 @@ def lease_lines(value: Json) -> list[str]:
     head = ("SUBNET", "PUBLIC IP", "VTEP MAC", "")
     rows = [
         (
-            " ".join(x for x in (lease["subnet"], lease["subnet_ipv6"]) if x),
-            lease["public_ip"],
-            lease["vtep_mac"] or "-",
+            _both(lease, "subnet", " "),
+            " ".join(x for x in (lease["public_ip"], lease["public_ipv6"]) if x),
+            _both(lease, "vtep_mac", " ") or "-",
             "reservation" if lease["reservation"] else "",
         )
         for lease in value["leases"]

@@ -14,7 +14,6 @@ import sys
 from collections.abc import Iterator
 from functools import partial
 from ipaddress import IPv4Network, IPv6Network, ip_network
-from typing import Any
 
 import pytest
 from scapy.layers.inet import UDP
@@ -102,7 +101,7 @@ def test_every_container_reaches_every_other(made: Lab, version: int) -> None:
         for host, other in _containers(made):
             if other is not source:
                 target = container_address(host, version)
-                wait_until(partial(ping, source, target), f"a ping to {target}", 10)
+                wait_until(partial(ping, source, target, "-W", "0.2"), f"a ping to {target}", 10)
 
 
 def test_every_host_reaches_the_containers_from_its_device(made: Lab) -> None:
@@ -178,22 +177,14 @@ def test_congestion_on_the_way_reaches_the_container(made: Lab) -> None:
         assert ping(kernels, container_address(h1, 6), "-Q", "2")
         assert "counter packets 1 " in h1.exec("nft", "list", "chain", "ip6", "congested", "seen")
         # Not-ECT with CE outside is what the kernel's device drops as well.
-        assert not ping(ours, container_address(made.hosts[2], 6))
+        assert not ping(ours, container_address(made.hosts[2], 6), "-W", "0.2")
     finally:
         h1.exec("nft", "delete", "table", "ip6", "congested")
 
 
-def _trace(host: Host, address: object) -> dict[str, Any]:
-    words = ("trace", str(address), "--json", "--control-dir", str(host.folder))
-    found: dict[str, Any] = json.loads(
-        host.exec(sys.executable, "-m", "pyflannel", *words, check=False)
-    )
-    return found
-
-
 def test_trace(made: Lab) -> None:
     host, kernel = made.hosts[0], made.hosts[2]
-    found = _trace(host, container_address(kernel, 6))
+    found = host.ask("trace", address=str(container_address(kernel, 6)))
     assert found["sent"] is True
     assert found["route"]["subnet"] == str(KERNEL_V6[0])
     assert found["why"] == f"sent to VTEP {KERNEL_V6[1]} at {kernel.address_v6} port 8472 by eth0"
@@ -207,7 +198,7 @@ def test_trace(made: Lab) -> None:
         ("2001:db8:42:fb::1", "no lease holds it"),
         ("2001:db8:42:fa::1", "is not used"),
     ):
-        found = _trace(host, address)
+        found = host.ask("trace", address=str(address))
         assert found["sent"] is False
         assert why in found["why"]
     host.ip("route", "del", "2001:db8:42:fa::/64", "dev", "flannel-v6.1")
@@ -391,7 +382,7 @@ def test_what_ipv6_needs_and_the_host_has_not_is_refused(made: Lab) -> None:
 
 
 def test_a_host_gets_ipv6_beside_the_ipv4_subnet_it_has(made: Lab) -> None:
-    """The network becomes dual stack; and with DirectRouting, by the way, peers on one link."""
+    """The network becomes dual stack; by the way with DirectRouting, and rules of nftables."""
     h1, h2 = made.hosts[:2]
     h1.stop(0)
     made.put_config('{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}')
@@ -399,13 +390,18 @@ def test_a_host_gets_ipv6_beside_the_ipv4_subnet_it_has(made: Lab) -> None:
     subnet = h1.subnet_env()["FLANNEL_SUBNET"]
     assert "FLANNEL_IPV6_SUBNET" not in h1.subnet_env()
     h1.stop(index)
-    made.put_config(CONFIG.replace('"vxlan"', '"vxlan","DirectRouting":true'))
+    direct = CONFIG.replace('"vxlan"', '"vxlan","DirectRouting":true')
+    made.put_config(direct.replace("{", '{"EnableNFTables":true,', 1))
     made.start_daemon(h1)
     assert h1.subnet_env()["FLANNEL_SUBNET"] == subnet
     assert len([x for x in made.leases().values() if x["PublicIP"] == str(h1.address)]) == 1
     theirs = ip_network(h2.subnet_env()["FLANNEL_IPV6_SUBNET"], strict=False)
     assert f"{theirs} via {h2.address_v6} dev eth0 metric 1024" in h1.ip("-6", "route")
-    found = _trace(h1, theirs[2])
+    for family, network in (("ip", "10.244.0.0/16"), ("ip6", str(NETWORK_V6))):
+        table = f"flannel-ipv{4 if family == 'ip' else 6}"
+        rules = h1.exec("nft", "list", "chain", family, table, "forward")
+        assert f"{family} saddr {network} accept" in rules
+    found = h1.ask("trace", address=str(theirs[2]))
     assert found["sent"] is True
     assert found["why"] == (
         f"sent straight to {h2.address_v6} by eth0, on the same link (DirectRouting)"

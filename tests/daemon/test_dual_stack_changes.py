@@ -113,13 +113,6 @@ def _daemon(host: Host) -> int:
     return next(index for index, x in enumerate(host.processes) if x.poll() is None)
 
 
-def _status(host: Host) -> dict[str, Any]:
-    words = ("-m", "pyflannel", "status", "--json", "--control-dir", str(host.folder))
-    # While the node is not ready its exit code says so.
-    found: dict[str, Any] = json.loads(host.exec(sys.executable, *words, check=False))
-    return found
-
-
 def test_etcd_holds_flannels_keys_and_values(nodes: Lab) -> None:
     for key in KEYS:
         assert nodes.etcdctl("get", "--print-value-only", key).strip() == VALUES[key]
@@ -165,7 +158,20 @@ def test_ipv6_rules_are_flannels_and_come_back(nodes: Lab) -> None:
 def test_status_metrics_and_peers_show_both_families(nodes: Lab) -> None:
     host, peer = nodes.hosts
     wait_until(lambda: _reaches(nodes), "pings")
-    status = _status(host)
+    status = host.ask("status")
+    value = json.loads(VALUES[KEYS[0]])
+    macs = [value[name]["VtepMAC"] for name in ("BackendData", "BackendV6Data")]
+    lease = status["lease"]
+    assert (lease["public_ip"], lease["public_ipv6"]) == (value["PublicIP"], value["PublicIPv6"])
+    assert [lease["vtep_mac"], lease["vtep_mac_ipv6"]] == macs
+    words = ("-m", "pyflannel", "leases", "--control-dir", str(host.folder))
+    (line,) = [x for x in host.exec(sys.executable, *words).splitlines() if macs[1] in x]
+    assert line.split() == [
+        "10.244.100.0/24",
+        "2001:db8:42:3a::/64",
+        *list(value.values())[:2],
+        *macs,
+    ]
     assert [x["name"] for x in status["devices"]] == list(DEVICES)
     v4, v6 = status["peers"]
     assert (v4["address"], v6["address"]) == (str(peer.address), str(peer.address_v6))
@@ -185,7 +191,7 @@ def _takeover(nodes: Lab, host: Host) -> None:
 
 
 def _offloads(host: Host) -> list[str]:
-    return [x["offloads"] for x in _status(host)["devices"]]
+    return [x["offloads"] for x in host.ask("status")["devices"]]
 
 
 def test_takeovers_lose_nothing_in_either_family(nodes: Lab) -> None:
@@ -326,7 +332,7 @@ def test_new_ipv6_address_is_advertised_and_sent_from(nodes: Lab) -> None:
 
 
 def _reason(host: Host) -> str:
-    return str(_status(host)["reasons"].get("host-network-ipv6", ""))
+    return str(host.ask("status")["reasons"].get("host-network-ipv6", ""))
 
 
 def test_mtu_of_the_interface_is_carried_on_to_both_devices(nodes: Lab) -> None:

@@ -28,7 +28,9 @@ from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_interface
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
+from pyflannel.control_socket import ask
 from pyflannel.dataplane.route import IPAddress
 
 ETCD_PORT = 2379
@@ -179,6 +181,10 @@ class Host(Namespace):
     def log(self) -> Path:
         """What its daemon wrote."""
         return self.folder / "daemon.log"
+
+    def ask(self, request: str, **arguments: object) -> Any:
+        """Ask its daemon, of VNI 1, over the control socket, which is in no namespace."""
+        return ask(self.folder / "pyflannel-1.sock", request, **arguments)
 
     def subnet_env(self) -> dict[str, str]:
         """Return subnet.env's variables."""
