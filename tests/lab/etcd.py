@@ -12,12 +12,12 @@ import signal
 import socket
 import subprocess
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.lab.hosts import wait_until
+from tests.lab.hosts import LONE_MEMBER, etcd_serves, wait_until
 
 PREFIX = "/coreos.com/network"
 SUBNETS = f"{PREFIX}/subnets/"
@@ -38,6 +38,11 @@ class Member:
     def data(self) -> Path:
         """Its data directory."""
         return self.folder / self.name
+
+    @property
+    def log(self) -> Path:
+        """What it wrote."""
+        return self.folder / f"{self.name}.log"
 
     def signal(self, number: int) -> None:
         """Send a signal to it."""
@@ -86,10 +91,9 @@ class EtcdCluster:
                 zip(addresses, wrappers or [()] * len(addresses))
             )
         ]
-        self._flags = (*flags, *tls)
+        self._flags = (*(LONE_MEMBER if len(addresses) == 1 else ()), *flags, *tls)
         self._ctl_wrapper = tuple(ctl_wrapper)
         self.ctl = tuple(ctl)
-        self._folder = folder
 
     @property
     def endpoints(self) -> tuple[str, ...]:
@@ -98,28 +102,34 @@ class EtcdCluster:
 
     def start(self, *members: Member, wait: bool = True) -> None:
         """Start these members, or all."""
-        for member in members or self.members:
-            # fmt: off
-            command = [
-                *member.wrapper, "etcd", "--name", member.name, "--data-dir", str(member.data),
-                "--listen-client-urls", member.client_url,
-                "--advertise-client-urls", member.client_url,
-                "--listen-peer-urls", member.peer_url,
-                "--initial-advertise-peer-urls", member.peer_url,
-                "--initial-cluster", self._initial_cluster, *self._flags,
-            ]
-            # fmt: on
-            unsupported = {"ETCD_UNSUPPORTED_ARCH": "arm64"}
-            with (self._folder / f"{member.name}.log").open("ab") as output:
-                member.process = subprocess.Popen(
-                    command,
-                    stdout=output,
-                    stderr=output,
-                    stdin=subprocess.DEVNULL,
-                    env={**os.environ, **(unsupported if os.uname().machine == "aarch64" else {})},
-                )
+        with ExitStack() as stack:
+            for member in members or self.members:
+                if wait:
+                    stack.enter_context(etcd_serves(member.log))
+                self._start(member)
         if wait:
             self.wait_healthy()
+
+    def _start(self, member: Member) -> None:
+        # fmt: off
+        command = [
+            *member.wrapper, "etcd", "--name", member.name, "--data-dir", str(member.data),
+            "--listen-client-urls", member.client_url,
+            "--advertise-client-urls", member.client_url,
+            "--listen-peer-urls", member.peer_url,
+            "--initial-advertise-peer-urls", member.peer_url,
+            "--initial-cluster", self._initial_cluster, *self._flags,
+        ]
+        # fmt: on
+        unsupported = {"ETCD_UNSUPPORTED_ARCH": "arm64"} if os.uname().machine == "aarch64" else {}
+        with member.log.open("ab") as output:
+            member.process = subprocess.Popen(
+                command,
+                stdout=output,
+                stderr=output,
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, **unsupported},
+            )
 
     @property
     def _initial_cluster(self) -> str:

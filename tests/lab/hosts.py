@@ -43,6 +43,8 @@ SWITCH_ADDRESS_V6 = UNDERLAY_V6[1]
 DEADLINE_SECONDS = 30.0
 SUBNET_VARIABLES = {4: "FLANNEL_SUBNET", 6: "FLANNEL_IPV6_SUBNET"}
 MAX_TXN_PUTS = 128  # etcd's own default limit
+# A member without others elects itself, up to a second late unless told otherwise.
+LONE_MEMBER = ("--heartbeat-interval", "20", "--election-timeout", "100")
 
 NO_SEGMENTATION = ("tso", "off", "gso", "off", "tx-udp-segmentation", "off")
 
@@ -111,6 +113,21 @@ def wait_until(condition: Callable[[], bool], what: str, seconds: float = DEADLI
         if time.monotonic() > deadline:
             raise AssertionError(f"after {seconds:.0f} s still not: {what}")
         time.sleep(0.05)
+
+
+@contextmanager
+def etcd_serves(log: Path) -> Iterator[None]:
+    """Wait at the end until the etcd that was started meanwhile, with this log, serves clients.
+
+    etcdctl that finds nobody there waits a second before it tries again.
+    """
+
+    def times() -> int:
+        return log.read_text().count("ready to serve client requests") if log.exists() else 0
+
+    before = times()
+    yield
+    wait_until(lambda: times() > before, "etcd serves")
 
 
 @dataclass
@@ -217,11 +234,11 @@ class Lab:
         run("ip", "netns", "add", namespace.name)
         namespace.ip("link", "set", "lo", "up")
         # Another netns must not keep the default of its parent.
-        namespace.exec("sysctl", "-qw", "net.ipv4.ip_forward=1")
-        for name in ("all", "default"):
-            namespace.exec("sysctl", "-qw", f"net.ipv4.conf.{name}.rp_filter=0")
+        settings = ["net.ipv4.ip_forward=1"]
+        settings += [f"net.ipv4.conf.{name}.rp_filter=0" for name in ("all", "default")]
         if self._dual_stack:
-            namespace.exec("sysctl", "-qw", "net.ipv6.conf.all.forwarding=1")
+            settings.append("net.ipv6.conf.all.forwarding=1")
+        namespace.exec("sysctl", "-qw", *settings)
 
     def _address(
         self, namespace: Namespace, device: str, ipv4: IPv4Address, ipv6: IPv6Address
@@ -283,14 +300,16 @@ class Lab:
     def start_etcd(self) -> None:
         """Start etcd on the switch; its data survive `stop_etcd`."""
         url, peer = f"http://{SWITCH_ADDRESS}:{ETCD_PORT}", f"http://{SWITCH_ADDRESS}:2380"
+        log = self.folder / "etcd.log"
         # fmt: off
-        self.etcd = self.switch.start(
-            "etcd", "--name", "lab", "--data-dir", str(self.folder / "etcd"),
-            "--listen-client-urls", url, "--advertise-client-urls", url,
-            "--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer,
-            "--initial-cluster", f"lab={peer}", log=self.folder / "etcd.log",
-            env={"ETCD_UNSUPPORTED_ARCH": "arm64"} if os.uname().machine == "aarch64" else None,
-        )
+        with etcd_serves(log):
+            self.etcd = self.switch.start(
+                "etcd", "--name", "lab", "--data-dir", str(self.folder / "etcd"),
+                "--listen-client-urls", url, "--advertise-client-urls", url,
+                "--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer,
+                "--initial-cluster", f"lab={peer}", *LONE_MEMBER, log=log,
+                env={"ETCD_UNSUPPORTED_ARCH": "arm64"} if os.uname().machine == "aarch64" else None,
+            )
         # fmt: on
         healthy = "is healthy"
         wait_until(lambda: healthy in self.etcdctl("endpoint", "health", check=False), healthy)
