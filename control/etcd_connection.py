@@ -61,6 +61,8 @@ class Connection:
         self.token: str | None = None
         """None before it is asked for, "" where etcd has no users."""
         self.left: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        """Done, with the reason, when nothing that was asked on it will be answered."""
         self.lock = asyncio.Lock()
         self._users = 0
         self._closing: asyncio.Future[None] | None = None
@@ -89,9 +91,15 @@ class Connection:
             # Not wait_for: before Python 3.12 it loses a cancellation that comes with the change.
             change = asyncio.ensure_future(self.channel.wait_for_state_change(state))
             try:
-                done, _ = await asyncio.wait([change], timeout=deadline - time.monotonic())
+                done, _ = await asyncio.wait(
+                    (change, self.left),
+                    timeout=deadline - time.monotonic(),
+                    return_when=asyncio.FIRST_COMPLETED,
+                )
             finally:
                 change.cancel()
+            if self.left.done():
+                raise _NotConnected(Fault.ENDPOINT, self.left.result())
             if not done:
                 raise _NotConnected(Fault.ENDPOINT, "cannot connect in time")
             state = self.channel.get_state(try_to_connect=True)
@@ -101,6 +109,17 @@ class Connection:
         if not self.left.done():
             self.left.set_result(why)
         self._close_unused()
+
+    async def answer(self, rpc: Any) -> Any:
+        """Wait for the answer of a call; _NotConnected when the connection is lost meanwhile."""
+        waiting = asyncio.ensure_future(rpc)
+        try:
+            await asyncio.wait((waiting, self.lost), return_when=asyncio.FIRST_COMPLETED)
+            if not waiting.done():
+                raise _NotConnected(Fault.ENDPOINT, self.lost.result())
+            return waiting.result()
+        finally:
+            waiting.cancel()
 
     def _close_unused(self) -> None:
         unused = self.left.done() and not self._users
@@ -179,8 +198,9 @@ class Connections:
             await connection.closed()
 
     def reconnect(self, why: str) -> None:
-        """Give up the connection in use, which may be dead, for a new one."""
+        """Give up the connection in use, which is dead, for a new one, and what was asked on it."""
         if self._connection is not None:
+            self._connection.lost.set_result(why)
             self.leave(self._connection, why)
 
     async def ask(self, service: str, method: str, request: Any) -> Any:
@@ -196,8 +216,10 @@ class Connections:
             try:
                 with connection.use():
                     await self._make_usable(connection)
-                    answer = await call(connection.channel, service, method)(
-                        request, timeout=self._patience, metadata=connection.metadata
+                    answer = await connection.answer(
+                        call(connection.channel, service, method)(
+                            request, timeout=self._patience, metadata=connection.metadata
+                        )
                     )
             except grpc.aio.AioRpcError as error:
                 fault, clause = self._diagnose(connection, error)
@@ -277,7 +299,7 @@ class Connections:
                 )
                 authenticate = call(connection.channel, "Auth", "Authenticate")
                 try:
-                    answer = await authenticate(request, timeout=self._patience)
+                    answer = await connection.answer(authenticate(request, timeout=self._patience))
                     connection.token = answer.token
                 except grpc.aio.AioRpcError as error:
                     # A store without users, say after a wipe: they may come later.

@@ -200,15 +200,15 @@ async def test_a_frozen_etcd_is_noticed_by_a_request_and_its_watch_ends(folder: 
 
 
 @contextlib.asynccontextmanager
-async def slow(target: str, seconds: float) -> AsyncIterator[str]:
-    """Stand before an endpoint and hold back all it says, but the first words, for a time."""
+async def slow(target: str, delays: Callable[[], Iterator[float]]) -> AsyncIterator[str]:
+    """Stand before an endpoint; each connection has what etcd says held back so many seconds."""
     host, _, port = target.removeprefix("http://").partition(":")
 
     async def pump(
-        reader: asyncio.StreamReader, writer: asyncio.StreamWriter, delays: Iterator[float]
+        reader: asyncio.StreamReader, writer: asyncio.StreamWriter, seconds: Iterator[float]
     ) -> None:
         while octets := await reader.read(65536):
-            await asyncio.sleep(next(delays))
+            await asyncio.sleep(next(seconds))
             writer.write(octets)
         writer.close()
 
@@ -216,7 +216,7 @@ async def slow(target: str, seconds: float) -> AsyncIterator[str]:
         etcd_reader, etcd_writer = await asyncio.open_connection(host, port)
         await asyncio.gather(
             pump(reader, etcd_writer, itertools.repeat(0.0)),
-            pump(etcd_reader, writer, itertools.chain([0.0], itertools.repeat(seconds))),
+            pump(etcd_reader, writer, delays()),
             return_exceptions=True,
         )
 
@@ -230,7 +230,11 @@ async def test_a_slow_etcd_gets_more_time(
 ) -> None:
     """Each answer takes longer than the first patience, though the connection stands."""
     monkeypatch.setattr(etcd_connection, "REQUEST_SECONDS", 0.5)
-    async with slow(cluster.endpoints[0], 0.8) as endpoint:
+
+    def all_but_the_first_words() -> Iterator[float]:
+        return itertools.chain([0.0], itertools.repeat(0.8))
+
+    async with slow(cluster.endpoints[0], all_but_the_first_words) as endpoint:
         etcd = Etcd([endpoint])
         with contextlib.suppress(EtcdUnavailable):
             await etcd.get("x")
@@ -239,6 +243,28 @@ async def test_a_slow_etcd_gets_more_time(
             await etcd.get("x")
         assert etcd.session.failures == failures
         assert etcd.session.moves == 0
+        await etcd.close()
+
+
+async def test_what_was_asked_on_a_dead_connection_is_asked_on_the_next_at_once(
+    cluster: EtcdCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(etcd_connection, "REQUEST_SECONDS", 3600.0)
+    silent = asyncio.Event()
+
+    def dying() -> Iterator[float]:
+        yield 0.0
+        silent.set()
+        yield 3600.0
+
+    connections = iter([dying(), itertools.repeat(0.0)])
+    async with slow(cluster.endpoints[0], lambda: next(connections)) as endpoint:
+        etcd = Etcd([endpoint])
+        asking = asyncio.ensure_future(etcd.get("x"))
+        await silent.wait()
+        etcd.reconnect("our address has changed")
+        await asyncio.wait_for(asking, 10)
+        assert etcd.session.failures == 0
         await etcd.close()
 
 
