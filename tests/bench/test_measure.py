@@ -16,6 +16,8 @@ from bench.transfer import transfer_is_intact
 from bench.variants import Stack, build, compile_tools, parse_variant
 from tests.lab.require import require_program, require_root
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.fixture(scope="module")
 def stack() -> Iterator[Stack]:

@@ -10,6 +10,8 @@ from bench.soak import LOADS, SoakError, run, soak
 from bench.variants import build, compile_tools, parse_variant
 from tests.lab.require import require_program, require_root
 
+pytestmark = pytest.mark.alone
+
 PACKETS = 300_000
 
 

@@ -168,6 +168,7 @@ async def test_renewal_is_a_put_of_the_same_value_under_a_new_etcd_lease(
     assert node.reasons.ever == []
 
 
+@pytest.mark.alone
 async def test_a_lost_lease_is_back_within_100_ms_of_the_event(etcd: Etcd, prefix: str) -> None:
     node = Node(etcd, prefix)
     lease = await node.keeper.acquire()

@@ -118,6 +118,7 @@ def test_full_size_packet_passes_and_one_byte_more_does_not(made: Lab) -> None:
         assert not ping(container, target, "-M", "do", "-s", "1383", "-W", "0.2")
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("flags", [(), ("-u", "-b", "20M")], ids=["tcp", "udp"])
 def test_tcp_and_udp_both_ways_with_the_kernel_node(made: Lab, flags: tuple[str, ...]) -> None:
     (_, ours), _, (kernel_host, kernel) = _containers(made)

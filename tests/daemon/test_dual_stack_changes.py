@@ -27,6 +27,8 @@ from tests.lab.hosts import PREFIX, Host, Lab, container_address, lab, ping, wai
 from tests.lab.require import require_program, require_root
 from tests.lab.supervisor import Supervisor
 
+pytestmark = pytest.mark.alone
+
 DATA = Path(__file__).parent / "data"
 RULES = Path(__file__).parents[1] / "dataplane" / "data" / "flannel-ip6tables-save.txt"
 DEVICES = ("flannel.1", "flannel-v6.1")

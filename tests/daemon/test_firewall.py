@@ -128,6 +128,7 @@ def _damages(kind: str) -> list[tuple[str, ...]]:
     ]
 
 
+@pytest.mark.alone
 def test_flushed_or_partly_deleted_rules_are_back_within_a_second(
     made: Lab, host: Host, kind: str
 ) -> None:

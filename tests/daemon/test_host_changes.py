@@ -14,8 +14,10 @@ from ipaddress import IPv4Network
 
 import pytest
 
-from tests.lab.hosts import Host, Lab, container_address, lab, ping, wait_until
+from tests.lab.hosts import Host, Lab, container_address, freeze, lab, ping, wait_until
 from tests.lab.require import require_program, require_root
+
+pytestmark = pytest.mark.alone
 
 LIMIT_SECONDS = 1.0
 
@@ -162,7 +164,7 @@ def test_new_address_is_advertised_and_sent_from(nodes: Lab) -> None:
 
 def test_new_address_is_advertised_as_soon_as_etcd_answers(nodes: Lab) -> None:
     host, etcd = nodes.hosts[0], nodes.switch.processes[nodes.etcd or 0]
-    etcd.send_signal(signal.SIGSTOP)
+    freeze(etcd)
     try:
         host.ip("addr", "del", "192.168.77.11/24", "dev", "eth0")
         host.ip("addr", "add", "192.168.77.111/24", "dev", "eth0")
@@ -199,7 +201,7 @@ def test_changes_that_the_kernel_could_not_tell_are_found(nodes: Lab) -> None:
     batch = host.folder / "routes"
     batch.write_text("".join(f"route add 10.99.{i >> 8}.{i & 255} dev lo\n" for i in range(20000)))
     daemon = host.processes[0]
-    daemon.send_signal(signal.SIGSTOP)
+    freeze(daemon)
     try:
         host.ip("-batch", str(batch))
         host.ip("route", "flush", "dev", "flannel.1")

@@ -147,6 +147,7 @@ def test_oversize_with_df_is_told_the_mtu_by_either_host(made: Lab) -> None:
         assert ping(source, target, "-M", "do", "-s", "1422")
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("flags", [(), ("-R",), ("-u", "-b", "20M"), ("-u", "-b", "20M", "-R")])
 def test_tcp_and_udp_both_ways(made: Lab, flags: tuple[str, ...]) -> None:
     (source, target), (sink, _) = ends(made)
@@ -162,6 +163,7 @@ def test_tcp_and_udp_both_ways(made: Lab, flags: tuple[str, ...]) -> None:
     assert receive_errors(made.hosts[1]) == 0
 
 
+@pytest.mark.alone
 def test_the_kernel_nodes_mac_changes_while_packets_flow(made: Lab) -> None:
     (source, target), _ = ends(made)
     kernel = made.hosts[1]

@@ -85,6 +85,7 @@ def test_packet_ttl_is_decremented_by_the_two_hosts_only(overlay: Lab) -> None:
     assert "ttl=62" in answer
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("flags", [(), ("-R",), ("-u", "-b", "20M"), ("-u", "-b", "20M", "-R")])
 def test_tcp_and_udp_both_ways_with_the_kernel_node(overlay: Lab, flags: tuple[str, ...]) -> None:
     (_, ours), _, (kernel_host, kernel) = _containers(overlay)
@@ -101,6 +102,7 @@ def test_tcp_and_udp_both_ways_with_the_kernel_node(overlay: Lab, flags: tuple[s
         assert end["sum_received"]["bytes"] > 1_000_000
 
 
+@pytest.mark.alone
 def test_20000_packets_are_not_lost_and_the_kernel_counts_no_error(overlay: Lab) -> None:
     (_, ours), _, (kernel_host, _) = _containers(overlay)
     target = str(container_address(kernel_host))

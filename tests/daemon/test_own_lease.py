@@ -12,7 +12,7 @@ from ipaddress import IPv4Network
 
 import pytest
 
-from tests.lab.hosts import PREFIX, Host, Lab, container_address, lab, ping, wait_until
+from tests.lab.hosts import PREFIX, Host, Lab, container_address, freeze, lab, ping, wait_until
 from tests.lab.require import require_program, require_root
 
 READYZ = (
@@ -59,7 +59,7 @@ def test_when_the_subnet_is_taken_the_host_gets_another_address(made: Lab) -> No
     host, peer = made.hosts
     old, rival = subnet_of(host), '{"PublicIP":"192.168.77.99"}'
     errors = host.log.read_text().count("\nE")
-    host.processes[0].send_signal(signal.SIGSTOP)
+    freeze(host.processes[0])
     made.etcdctl("del", key_of(old))
     made.etcdctl("put", key_of(old), rival)
     host.processes[0].send_signal(signal.SIGCONT)

@@ -116,6 +116,7 @@ def test_a_peer_on_our_link_is_reached_directly_and_one_behind_a_router_is_not(
     assert routes(host) == [route(FIRST)]
 
 
+@pytest.mark.alone
 def test_ten_thousand_routes_come_and_go_in_bulk(host: Namespace) -> None:
     many = list(IPv4Network("10.0.0.0/8").subnets(new_prefix=24))[:10_000]
     start = time.monotonic()

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.lab.hosts import LONE_MEMBER, etcd_serves, wait_until
+from tests.lab.hosts import LONE_MEMBER, etcd_serves, freeze, wait_until
 
 PREFIX = "/coreos.com/network"
 SUBNETS = f"{PREFIX}/subnets/"
@@ -51,7 +51,8 @@ class Member:
 
     def freeze(self) -> None:
         """Make it hang, its connections stay open."""
-        self.signal(signal.SIGSTOP)
+        assert self.process is not None
+        freeze(self.process)
 
     def thaw(self) -> None:
         """Let it go on."""

@@ -115,6 +115,12 @@ def wait_until(condition: Callable[[], bool], what: str, seconds: float = DEADLI
         time.sleep(0.05)
 
 
+def freeze(process: subprocess.Popen[bytes]) -> None:
+    """Stop a program; when this returns, no thread of it runs."""
+    process.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, process.pid, os.WSTOPPED)
+
+
 @contextmanager
 def etcd_serves(log: Path) -> Iterator[None]:
     """Wait at the end until the etcd that was started meanwhile, with this log, serves clients.
