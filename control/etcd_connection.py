@@ -177,6 +177,8 @@ class Connections:
     ) -> None:
         self._endpoints = tuple(endpoints)
         self._tls = tls
+        self._files = tls.signature()
+        """The certificate files as they were when they were last read."""
         self._username = username
         self._password = password
         self._session = session
@@ -311,6 +313,7 @@ class Connections:
         scheme, _, target = endpoint.partition("://")
         if scheme == "http":
             return grpc.aio.insecure_channel(target, _CHANNEL_OPTIONS)
+        self._files = self._tls.signature()
         try:
             credentials = self._tls.credentials()
         except BadCertificates as error:
@@ -325,9 +328,8 @@ class Connections:
 
     async def _back_off(self) -> None:
         """Wait until the session allows another attempt, or the certificates have changed."""
-        files = self._tls.signature()
         while (delay := self._session.retry_at - time.monotonic()) > 0:
-            await asyncio.sleep(min(delay, 1.0))
-            if self._session.is_refused and self._tls.signature() != files:
+            if self._session.is_refused and self._tls.signature() != self._files:
                 log.info("a certificate file has changed: trying etcd again")
                 return
+            await asyncio.sleep(min(delay, 1.0))

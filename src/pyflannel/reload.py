@@ -46,7 +46,8 @@ async def reload_when_told(
 async def _reload(node: Node, read_options: Callable[[], Options]) -> None:
     notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
     said = [_reload_options(node, read_options)]
-    if node.etcd is not None and node.options.etcd_cafile is not None:
+    tls = any(endpoint.startswith("https://") for endpoint in node.options.etcd_endpoints)
+    if node.etcd is not None and tls:
         await node.etcd.close()
         said.append("certificates are read again, with a new connection to etcd")
     said.append(await check_config(node))

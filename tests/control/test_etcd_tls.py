@@ -21,6 +21,10 @@ from pyflannel.control.etcd_fault import EtcdRejected, EtcdUnavailable
 from pyflannel.control.etcd_session import SessionState
 from pyflannel.control.etcd_tls import EtcdTls
 from pyflannel.dataplane.refusal import Refusal
+from pyflannel.etcd_access import etcd_client
+from pyflannel.node import Node
+from pyflannel.options import parse_options
+from pyflannel.reload import reload_when_told
 from tests.lab.etcd import EtcdCluster, etcd_on_loopback
 
 
@@ -240,6 +244,37 @@ async def test_a_client_certificate_is_renewed_under_us(
         (tmp_path / name).write_bytes((pki / f"stranger.{name}").read_bytes())
     await etcd.close()
     assert "wants a client certificate" in await refusal(etcd)
+
+
+async def test_certificates_are_read_again_at_sighup(
+    mutual: EtcdCluster, pki: Pki, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+
+    def install(name: str) -> None:
+        for end in ("crt", "key"):
+            (tmp_path / end).write_bytes((pki / f"{name}.{end}").read_bytes())
+
+    install("client")
+    files = {"ca": pki / "ca.crt", "cert": tmp_path / "crt", "key": tmp_path / "key"}
+    flags = [f"--etcd-{name}file={path}" for name, path in files.items()]
+    options = parse_options(["--etcd-endpoints", ",".join(mutual.endpoints), *flags], {})
+    node, hangup = Node(options), asyncio.Event()
+    etcd = node.etcd = etcd_client(options)
+    reloading = asyncio.ensure_future(reload_when_told(node, lambda: options, hangup))
+    await etcd.get("x")
+    install("stranger")
+    # The connection that stands is not disturbed, until we are told.
+    await etcd.get("x")
+    hangup.set()
+    while "certificates are read again" not in caplog.text:
+        await asyncio.sleep(0.01)
+    assert "wants a client certificate" in await refusal(etcd)
+    install("client")
+    hangup.set()
+    await asyncio.wait_for(etcd.get("x"), 5)
+    reloading.cancel()
+    await etcd.close()
 
 
 async def test_user_and_password(users: EtcdCluster) -> None:

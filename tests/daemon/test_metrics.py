@@ -35,6 +35,7 @@ from tests.lab.hosts import Host, Lab, container_address, lab, ping, wait_until
 from tests.lab.require import require_program, require_root
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
+DOC = Path(__file__).parents[2] / "docs" / "metrics.md"
 PORT = 9464
 EMPTY = Snapshot(
     now=1000.0,
@@ -159,21 +160,27 @@ def test_10000_peers_take_the_loop_a_moment(context: Context) -> None:
 
 
 @pytest.fixture(scope="module")
-def page() -> Iterator[Samples]:
-    """Samples of a node that has sent and received, and of one without series of peers."""
+def nodes() -> Iterator[Lab]:
+    """Two nodes that have sent and received, the second without series of peers."""
     require_root()
     for program in ("ip", "ethtool", "etcd", "etcdctl", "ping"):
         require_program(program)
     with lab(2) as made:
         made.put_config()
-        for host in made.hosts:
-            made.start_daemon(host, "--healthz-port", str(PORT))
+        for host, per_peer in zip(made.hosts, ("true", "false")):
+            made.start_daemon(host, "--healthz-port", str(PORT), f"--metrics-per-peer={per_peer}")
             made.add_container(host)
         container = made.hosts[0].container
         assert container is not None
         target = container_address(made.hosts[1])
         wait_until(lambda: ping(container, target), "a ping")
-        yield _parse(_get(made, made.hosts[0]))
+        yield made
+
+
+@pytest.fixture(scope="module")
+def page(nodes: Lab) -> Samples:
+    """Samples of the first node."""
+    return _parse(_get(nodes, nodes.hosts[0]))
 
 
 def _get(made: Lab, host: Host, port: int = PORT) -> str:
@@ -183,6 +190,27 @@ def _get(made: Lab, host: Host, port: int = PORT) -> str:
         "print(a.read().decode(),end='')"
     )
     return made.switch.exec("python3", "-c", program)
+
+
+def test_a_node_without_series_of_peers(nodes: Lab, page: Samples) -> None:
+    samples = _parse(_get(nodes, nodes.hosts[1]))
+    of_peers = {name for name, _ in page if name.startswith("pyflannel_peer_")}
+    assert len(of_peers) == 4
+    assert {name for name, _ in page} - {name for name, _ in samples} == of_peers
+    assert _value(samples, "pyflannel_peers") == 1
+
+
+def test_the_documentation_tells_every_series_and_reason(page: Samples) -> None:
+    text = DOC.read_text()
+    series, reasons = text.split("## Drop reasons")
+    cells = re.findall(r"^\| (`[^|]*`) \|([^|]*)\|", series, re.MULTILINE)
+    told = {f"pyflannel_{name}" for names, _ in cells for name in re.findall(r"`(\w+)`", names)}
+    assert told == {name for name, _ in page} | {"pyflannel_not_ready"}
+    for name, labels in page:
+        (row,) = (x for names, x in cells if f"`{name.removeprefix('pyflannel_')}`" in names)
+        assert all(f"`{label}`" in row for label, _ in labels), name
+    rows = re.findall(r"^\| (`[^|]*`) \|", reasons, re.MULTILINE)
+    assert {x for row in rows for x in re.findall(r"`(\w+)`", row)} == set(DROP_REASONS)
 
 
 def _used(expression: str) -> Iterator[tuple[str, set[str]]]:
