@@ -150,7 +150,12 @@ def check_forwarding(versions: Collection[int]) -> Iterator[Finding]:
 
 
 def check_ipv6() -> Iterator[Finding]:
-    """IPv6 must be switched on for the devices to come."""
+    """The kernel must have IPv6, and it must be switched on for the devices to come."""
+    if not (SYSCTL / "ipv6/conf").exists():
+        yield failure(
+            "this kernel has no IPv6, and the network is dual stack",
+            "boot it without ipv6.disable=1, or set EnableIPv6 to false",
+        )
     for name in ("all", "default"):
         path = f"ipv6/conf/{name}/disable_ipv6"
         if _setting(path) == 1:

@@ -14,12 +14,14 @@ import sys
 from collections.abc import Iterator
 from functools import partial
 from ipaddress import IPv4Network, IPv6Network, ip_network
+from pathlib import Path
 
 import pytest
 from scapy.layers.inet import UDP
 from scapy.layers.inet6 import IPv6
 from scapy.layers.l2 import Ether
 
+from pyflannel import doctor_host
 from pyflannel.dataplane.route import IPAddress
 from pyflannel.echo import echo
 from tests.lab.hosts import (
@@ -65,7 +67,17 @@ while True:
 @pytest.fixture(scope="module")
 def made() -> Iterator[Lab]:
     require_root()
-    for program in ("ip", "bridge", "ethtool", "etcd", "etcdctl", "ping", "iperf3", "nft"):
+    for program in (
+        "ip",
+        "bridge",
+        "ethtool",
+        "etcd",
+        "etcdctl",
+        "ping",
+        "iperf3",
+        "nft",
+        "ip6tables-nft",
+    ):
         require_program(program)
     with lab(3, dual_stack=True) as made:
         made.put_config(CONFIG)
@@ -299,6 +311,15 @@ def test_doctor_finds_what_is_amiss_with_ipv6(made: Lab) -> None:
     }
 
 
+def test_doctor_names_a_kernel_without_ipv6(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(doctor_host, "SYSCTL", tmp_path)
+    assert [x.sentence for x in doctor_host.check_ipv6()] == [
+        "this kernel has no IPv6, and the network is dual stack"
+    ]
+
+
 def test_echo_in_ipv6_is_of_the_size_that_was_asked_for(made: Lab) -> None:
     host, kernel = made.hosts[0], made.hosts[2]
 
@@ -356,8 +377,8 @@ def test_a_deleted_lease_takes_both_routes_along(made: Lab) -> None:
 def test_a_leftover_kernel_device_of_ipv6_is_named(made: Lab) -> None:
     host = made.add_host()
     # fmt: off
-    host.ip("link", "add", "flannel-v6.1", "type", "vxlan", "id", "1", "dev", "eth0",
-            "local", str(host.address_v6), "dstport", "8472", "nolearning")
+    host.ip("link", "add", "flannel-v6.1", "address", "0a:06:00:00:00:04", "type", "vxlan", "id",
+            "1", "dev", "eth0", "local", str(host.address_v6), "dstport", "8472", "nolearning")
     # fmt: on
     index = made.start_daemon(host, wait=False)
     assert host.processes[index].wait(20) == 1
@@ -367,6 +388,7 @@ def test_a_leftover_kernel_device_of_ipv6_is_named(made: Lab) -> None:
     made.start_daemon(host, "--replace-kernel-device", "--public-ipv6", "fd77::99")
     value = next(x for x in made.leases().values() if x["PublicIP"] == str(host.address))
     assert value["PublicIPv6"] == "fd77::99"
+    assert value["BackendV6Data"] == {"VNI": 1, "VtepMAC": "0a:06:00:00:00:04"}
 
 
 def test_what_ipv6_needs_and_the_host_has_not_is_refused(made: Lab) -> None:
