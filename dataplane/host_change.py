@@ -140,6 +140,8 @@ def concern(event: HostEvent, used: InUse, is_peers: Callable[[IPNetwork], bool]
             return Concern.DEVICE | Concern.ROUTES
         return Concern.NOTHING
     assert isinstance(event, RouteChanged)
+    if event.destination.version != used.address.version:
+        return Concern.NOTHING
     if event.index != used.device_index or (event.is_gone and is_peers(event.destination)):
         return Concern.ROUTES
     return Concern.NOTHING

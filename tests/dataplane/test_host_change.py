@@ -28,11 +28,12 @@ from pyflannel.dataplane.host_change import (
 )
 from pyflannel.dataplane.host_events import parse_events
 from pyflannel.dataplane.interface import Interface, InterfaceAddress
-from pyflannel.dataplane.route import IPAddress
+from pyflannel.dataplane.route import IPAddress, IPNetwork
 
 DEVICE, INTERFACE, OTHER = 7, 2, 3
 OWN, UNDERLAY, SPARE = IPv4Address("10.5.1.0"), IPv4Address("192.0.2.1"), IPv4Address("192.0.2.9")
 PEER, FOREIGN = IPv4Network("10.5.2.0/24"), IPv4Network("198.51.100.0/24")
+OTHER_FAMILY = IPv6Network("2001:db8:42:22::/64")
 USED = InUse(
     device="flannel.1",
     device_index=DEVICE,
@@ -97,10 +98,14 @@ def test_concern_of_an_address(index: int, is_gone: bool, expected: Concern) -> 
         (FOREIGN, INTERFACE, True, ROUTES),
         (FOREIGN, 0, False, ROUTES),
         (FOREIGN, 0, True, ROUTES),
+        # Of the other family, as of its device in dual stack, whose peers come and go as well.
+        (OTHER_FAMILY, OTHER, False, NOTHING),
+        (OTHER_FAMILY, OTHER, True, NOTHING),
+        (OTHER_FAMILY, INTERFACE, False, NOTHING),
     ],
 )
 def test_concern_of_a_route(
-    destination: IPv4Network, index: int, is_gone: bool, expected: Concern
+    destination: IPNetwork, index: int, is_gone: bool, expected: Concern
 ) -> None:
     event = RouteChanged(destination, index, is_gone)
     assert concern(event, USED, lambda subnet: subnet == PEER) == expected
