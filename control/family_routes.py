@@ -7,6 +7,7 @@ quarantined there and used in the other. Source: decisions 10, 14.
 from __future__ import annotations
 
 import logging
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -44,7 +45,7 @@ class FamilyRoutes:
         self.own_public_ip = place.public_ip
         self._port = port
         self._previous_mac: dict[bytes, MacAddress] = {}
-        self._claims = _Claims(place.network.prefixlen)
+        self._claims = _Claims()
 
     def note_change(self, key: bytes, old: Lease, new: Lease) -> None:
         """Remember the MAC that packets under way still carry."""
@@ -93,7 +94,7 @@ class FamilyRoutes:
         """Derive everything anew from all leases, the first of conflicting ones wins."""
         wanted: dict[IPNetwork, Route] = {}
         quarantined: dict[bytes, str] = {}
-        self._claims = _Claims(self._network.prefixlen)
+        self._claims = _Claims()
         for key, lease in leases:
             part = lease.part(self.version)
             if part is None:
@@ -157,45 +158,38 @@ def _contains(network: IPNetwork, subnet: IPNetwork) -> bool:
 
 
 class _Claims:
-    """Which lease holds which subnet; an overlap is found in a look-up for each bit of a prefix.
+    """Which lease holds which subnet. Held subnets do not overlap, so neighbours tell of a clash."""
 
-    All subnets lie in one network, so bits above `shortest`, its length, tell nothing.
-    """
-
-    def __init__(self, shortest: int) -> None:
-        self._shortest = shortest
-        self._holder: dict[tuple[int, int], bytes] = {}
-        self._inside: dict[tuple[int, int], int] = {}
+    def __init__(self) -> None:
+        self._starts: list[int] = []
+        self._held: dict[int, tuple[int, bytes]] = {}
 
     def claim(self, subnet: IPNetwork, key: bytes) -> str | None:
         """Take the subnet, or return why it cannot be had."""
-        prefixes = self._prefixes(subnet)
-        for prefix in prefixes:
-            if prefix in self._holder:
-                return (
-                    f"its subnet overlaps that of the older lease {text_of(self._holder[prefix])}"
-                )
-        if prefixes[0] in self._inside:
-            return "its subnet holds that of an older lease"
-        self._holder[prefixes[0]] = key
-        for prefix in prefixes:
-            self._inside[prefix] = self._inside.get(prefix, 0) + 1
+        start, end = _span(subnet)
+        at = bisect_right(self._starts, start)
+        if at:
+            before_end, holder = self._held[self._starts[at - 1]]
+            if start < before_end:
+                return f"its subnet overlaps that of the older lease {text_of(holder)}"
+        if at < len(self._starts) and self._starts[at] < end:
+            holder = self._held[self._starts[at]][1]
+            return f"its subnet holds that of the older lease {text_of(holder)}"
+        self._starts.insert(at, start)
+        self._held[start] = (end, key)
         return None
 
     def release(self, subnet: IPNetwork) -> None:
         """Give back a claimed subnet."""
-        prefixes = self._prefixes(subnet)
-        del self._holder[prefixes[0]]
-        for prefix in prefixes:
-            self._inside[prefix] -= 1
-            if not self._inside[prefix]:
-                del self._inside[prefix]
+        start, _ = _span(subnet)
+        del self._held[start]
+        del self._starts[bisect_left(self._starts, start)]
 
-    def _prefixes(self, subnet: IPNetwork) -> list[tuple[int, int]]:
-        """Return (length, leading bits) of a subnet and of every network around it."""
-        base, bits = int(subnet.network_address), subnet.max_prefixlen
-        lengths = range(subnet.prefixlen, self._shortest - 1, -1)
-        return [(length, base >> bits - length) for length in lengths]
+
+def _span(subnet: IPNetwork) -> tuple[int, int]:
+    """Return the first address and the one behind the last."""
+    start = int(subnet.network_address)
+    return start, start + (1 << subnet.max_prefixlen - subnet.prefixlen)
 
 
 def text_of(key: bytes) -> str:

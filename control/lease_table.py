@@ -9,7 +9,7 @@ nothing. Source: spec section 6, decisions 10-17.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 
 from pyflannel.control.family_routes import FamilyRoutes, Place, text_of
 from pyflannel.control.lease import (
@@ -39,6 +39,8 @@ class LeaseTable:
         self._leases: dict[bytes, Lease] = {}
         self._bad: dict[bytes, str] = {}
         self._quarantined: dict[bytes, str] = {}
+        self._rivals: Set[bytes] = set()
+        """Those of them that would hold a subnet if another did not."""
         self._unconfirmed: dict[bytes, float] = {}
 
     def set_own_subnet(self, subnet: LeaseSubnet | None) -> tuple[RouteChange, ...]:
@@ -64,7 +66,7 @@ class LeaseTable:
         if not self._store(kv):
             return ()
         lease = self._leases[kv.key]
-        if self._quarantined or self._is_own(lease) or _is_foreign(lease):
+        if self._is_own(lease) or _is_foreign(lease) or self._is_disputed(kv.key, lease):
             return self._settle()
         if not all(x.accept(kv.key, lease, known=known) for x in self._families):
             return self._settle()
@@ -76,8 +78,9 @@ class LeaseTable:
         lease = self._leases.get(key)
         if lease is None:
             return ()
+        is_disputed = self._is_disputed(key, lease)
         self._forget(key)
-        if self._quarantined or self._is_own(lease):
+        if is_disputed or self._is_own(lease):
             return self._settle()
         return tuple(change for x in self._families for change in x.remove(lease))
 
@@ -185,6 +188,7 @@ class LeaseTable:
             if self._quarantined.get(key) != why:
                 log.warning("not using lease %s: %s", text_of(key), why)
         self._quarantined = quarantined
+        self._rivals = quarantined.keys() - foreign.keys()
         return tuple(changes)
 
     def _peers(self) -> tuple[list[tuple[bytes, Lease]], dict[bytes, str]]:
@@ -203,6 +207,12 @@ class LeaseTable:
             else:
                 peers.append((key, lease))
         return peers, foreign
+
+    def _is_disputed(self, key: bytes, lease: Lease) -> bool:
+        """Whether a change of this lease may concern one that is not used, or is that of one."""
+        return key in self._quarantined or any(
+            lease.subnet.overlaps(self._leases[x].subnet) for x in self._rivals
+        )
 
     def _is_own(self, lease: Lease) -> bool:
         return (

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyflannel.control.family_routes import Place
+from pyflannel.control.family_routes import FamilyRoutes, Place
 from pyflannel.control.lease import KeyValue, LeaseAttributes, LeaseSubnet, Vtep
 from pyflannel.control.lease_table import LeaseTable
 from pyflannel.dataplane.route import Delete, MacAddress, Replace, Route
@@ -256,6 +256,32 @@ def test_an_unconfirmed_lease_yields_in_both_families(both: LeaseTable) -> None:
     }
 
 
+def test_leases_that_are_not_used_cost_the_others_nothing(
+    table: LeaseTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Among 10,000 leases to derive all routes anew for each event would be 0.1 s for each."""
+    table.reset(
+        [
+            kv("10.5.2.0-24", value()),
+            kv("10.5.3.0-24", value("192.0.2.3", 3)),
+            kv("10.5.3.0-25", value("192.0.2.4", 4), 2),
+            kv("10.5.4.0-24", value(str(OWN_IP), 5)),
+            kv("10.5.5.0-24", value("192.0.2.5", 5).replace(b"vxlan", b"host-gw")),
+        ]
+    )
+    assert len(table.quarantined()) == 3
+
+    def settle(*_: object) -> None:
+        raise AssertionError("all routes are derived anew")
+
+    monkeypatch.setattr(FamilyRoutes, "settle", settle)
+    assert table.put(kv("10.5.6.0-24", value("192.0.2.6", 6), 7))
+    assert table.put(kv("10.5.2.0-24", value("192.0.2.7"), 8, 1))
+    assert table.delete(SUBNETS + b"10.5.2.0-24") == (Delete(IPv4Network("10.5.2.0/24")),)
+    with pytest.raises(AssertionError, match="anew"):
+        table.delete(SUBNETS + b"10.5.3.0-24")
+
+
 _KEYS = st.sampled_from(
     [
         "10.5.2.0-24",
@@ -275,6 +301,7 @@ _VALUES = st.sampled_from(
         dual(str(OWN_IP), mac=4),
         dual("192.0.2.6", "fd00::1", 6),
         dual("192.0.2.7", None, 7),
+        value("192.0.2.8", 8).replace(b"vxlan", b"host-gw"),
         b"{bad",
         b"{}",
     ]
