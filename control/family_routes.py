@@ -158,7 +158,7 @@ def _contains(network: IPNetwork, subnet: IPNetwork) -> bool:
 
 
 class _Claims:
-    """Which lease holds which subnet. Held subnets do not overlap, so neighbours tell of a clash."""
+    """Which lease holds which subnet; none overlap, so the neighbours tell of a clash."""
 
     def __init__(self) -> None:
         self._starts: list[int] = []

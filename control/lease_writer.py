@@ -28,6 +28,7 @@ from pyflannel.control.lease import (
     LeaseSubnet,
     Vtep,
     lease_key,
+    may_be_of,
     parse_lease_attributes_untrusted,
     parse_lease_untrusted,
     parse_subnet_key_untrusted,
@@ -154,6 +155,8 @@ class LeaseWriter:
         return await self._create(chosen)
 
     def _own_lease(self, kv: KeyValue) -> Lease | None:
+        if not may_be_of(kv, self._identity.public_ip):
+            return None
         try:
             lease = parse_lease_untrusted(kv)
         except BadLease:
