@@ -51,23 +51,31 @@ READ_BYTES = 1 << 16
 READS_PER_TURN = 32
 
 
-def parse_events(messages: bytes) -> Iterator[HostEvent]:
-    """Read the kernel's messages; those that are none of ours are passed over."""
+def parse_events(messages: bytes, own_port: int = 0) -> Iterator[HostEvent]:
+    """Read the kernel's messages; those that are none of ours are passed over.
+
+    So are those that answer to `own_port`, the netlink port of what we changed ourselves; 0 is the
+    kernel's own.
+    """
     while len(messages) >= _HEADER.size:
-        length, kind, *_ = _HEADER.unpack_from(messages)
+        length, kind, _, _, author = _HEADER.unpack_from(messages)
         if not _HEADER.size <= length <= len(messages):
             return
-        body = messages[_HEADER.size : length]
-        event = None
-        if kind in (_RTM_NEWLINK, _RTM_DELLINK):
-            event = _link(body, is_gone=kind == _RTM_DELLINK)
-        elif kind in (_RTM_NEWADDR, _RTM_DELADDR):
-            event = _address(body, is_gone=kind == _RTM_DELADDR)
-        elif kind in (_RTM_NEWROUTE, _RTM_DELROUTE):
-            event = _route(body, is_gone=kind == _RTM_DELROUTE)
-        if event is not None:
-            yield event
+        if not author or author != own_port:
+            event = _event(kind, messages[_HEADER.size : length])
+            if event is not None:
+                yield event
         messages = messages[(length + 3) & ~3 :]
+
+
+def _event(kind: int, body: bytes) -> HostEvent | None:
+    if kind in (_RTM_NEWLINK, _RTM_DELLINK):
+        return _link(body, is_gone=kind == _RTM_DELLINK)
+    if kind in (_RTM_NEWADDR, _RTM_DELADDR):
+        return _address(body, is_gone=kind == _RTM_DELADDR)
+    if kind in (_RTM_NEWROUTE, _RTM_DELROUTE):
+        return _route(body, is_gone=kind == _RTM_DELROUTE)
+    return None
 
 
 def _u32(value: bytes | None) -> int:
@@ -100,8 +108,8 @@ def _route(body: bytes, *, is_gone: bool) -> HostEvent | None:
     return RouteChanged(ip_network((packed, length)), _u32(found.get(_RTA_OIF)), is_gone)
 
 
-def watch_host(on_event: Callable[[HostEvent], None], stack: ExitStack) -> None:
-    """Call `on_event` on the event loop for every change, until the stack is left."""
+def watch_host(on_event: Callable[[HostEvent], None], own_port: int, stack: ExitStack) -> None:
+    """Call `on_event` on the event loop for every change by others, until the stack is left."""
     kinds = socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
     netlink = stack.enter_context(socket.socket(socket.AF_NETLINK, kinds, socket.NETLINK_ROUTE))
     with contextlib.suppress(PermissionError):
@@ -122,7 +130,7 @@ def watch_host(on_event: Callable[[HostEvent], None], stack: ExitStack) -> None:
                     raise
                 on_event(Overrun())
                 continue
-            for event in parse_events(messages):
+            for event in parse_events(messages, own_port):
                 on_event(event)
 
     loop = asyncio.get_running_loop()

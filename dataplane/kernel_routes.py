@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 import socket
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ from ipaddress import ip_address, ip_network
 from pyflannel.dataplane.route import IPAddress, IPNetwork
 
 BATCH = 100
+_PORT_BASE = 1 << 30
 READ_BYTES = 1 << 18
 
 # linux/netlink.h, linux/rtnetlink.h
@@ -84,6 +86,9 @@ class PeerRoutes:
         self._device = device
         self._direct = direct
         self._overhead = overhead
+        # Above the kernel's choices: a process id, or a negative number (netlink(7)).
+        self.port = _PORT_BASE | secrets.randbits(30)
+        """The netlink port that the kernel names as the author of what is written here."""
 
     def apply(
         self, replace: Mapping[IPNetwork, IPAddress], delete: Sequence[IPNetwork]
@@ -92,7 +97,7 @@ class PeerRoutes:
 
         A route to delete that is not there is no failure.
         """
-        with _open() as netlink:
+        with _open(self.port) as netlink:
             return _write(netlink, self._wanted(netlink, replace).values(), delete)
 
     def sync(
@@ -103,7 +108,7 @@ class PeerRoutes:
         Only routes of protocol boot with a gateway are looked at, as flannel writes them.
         """
         index = device_index(self._device)
-        with _open() as netlink:
+        with _open(self.port) as netlink:
             wanted = self._wanted(netlink, peers)
             right, stale = set(), []
             for route in _dump(netlink):
@@ -154,9 +159,9 @@ def device_index(name: str) -> int:
         raise OSError(errno.ENODEV, os.strerror(errno.ENODEV), name) from None
 
 
-def _open() -> socket.socket:
+def _open(port: int) -> socket.socket:
     netlink = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
-    netlink.bind((0, 0))
+    netlink.bind((port, 0))
     return netlink
 
 

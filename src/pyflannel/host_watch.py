@@ -88,7 +88,7 @@ class HostWatch:
     async def run(self) -> None:
         """Repair for ever."""
         with contextlib.ExitStack() as stack:
-            watch_host(self._on_event, stack)
+            watch_host(self._on_event, self._overlay.netlink_port, stack)
             self._note(EVERYTHING)
             settle = SETTLE_SECONDS
             while True:
@@ -120,7 +120,7 @@ class HostWatch:
             else:
                 self._readiness.clear(self._reason)
         if now & Concern.ROUTES:
-            await overlay.reconcile(self._table.routes())
+            await overlay.reconcile()
 
     async def _mend(self, found: Diagnosis) -> bool:
         """Do the repairs; return whether routes may have gone with what was amiss."""

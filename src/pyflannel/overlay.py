@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,13 +28,13 @@ from pyflannel.dataplane.route import (
     IPNetwork,
     MacAddress,
     Replace,
-    Route,
     RouteChange,
 )
 from pyflannel.dataplane.tun import Tun
 from pyflannel.dataplane.underlay import Underlay
 from pyflannel.notify import keep_descriptors
 from pyflannel.options import Options
+from pyflannel.route_writer import RouteWriter
 from pyflannel.underlying import (
     OVERHEAD_BYTES,
     Underlying,
@@ -94,9 +93,9 @@ class Overlay:
             mtu=underlying.mtu,
             overhead=OVERHEAD_BYTES[self.version],
         )
-        self._has_reconciled = False
-        self.refused: dict[IPNetwork, int] = {}
-        """Peers whose route the kernel has refused, with its errno."""
+        self._route_writer = RouteWriter(
+            tun.name, netlink, self._peer_routes, lambda subnet: self.context.delete(subnet)
+        )
 
     @classmethod
     async def open(
@@ -229,10 +228,7 @@ class Overlay:
         )
 
     async def apply(self, changes: Sequence[RouteChange]) -> None:
-        """Program changes of our family, the FIB first so that no packet is early.
-
-        A route the kernel refuses is logged, the others stand.
-        """
+        """Program our family's changes into the FIB; `write_routes` lets the kernel follow."""
         kernel: dict[IPNetwork, IPAddress | None] = {}
         for change in changes:
             if _subnet(change).version != self.version:
@@ -244,51 +240,27 @@ class Overlay:
             else:
                 assert isinstance(change, Delete)
                 kernel[change.subnet] = None
-        if not kernel:
-            return
-        replaced = {subnet: address for subnet, address in kernel.items() if address is not None}
-        deleted = [subnet for subnet, address in kernel.items() if address is None]
-        try:
-            failed = await self._netlink.run(self._peer_routes.apply, replaced, deleted)
-        except OSError as error:
-            # All are written once the device is back.
-            log.warning("%s: routes cannot be written: %s", self.device, error)
-            failed = []
-        for subnet in deleted:
-            self.context.delete(subnet)
-        for subnet in kernel:
-            self.refused.pop(subnet, None)
-        self._tell_refused(failed)
+        self._route_writer.change(kernel)
 
-    def _tell_refused(self, failed: Sequence[tuple[IPNetwork, int]]) -> None:
-        for subnet, err in failed:
-            if self.refused.get(subnet) != err:
-                log.error("kernel route to %s: %s", subnet, os.strerror(err))
-            self.refused[subnet] = err
-
-    async def reconcile(self, wanted: Sequence[Route]) -> None:
-        """Make the kernel's routes to peers exactly those of our family; with DirectRouting look
-        anew at who is on our link.
+    async def reconcile(self) -> None:
+        """Look at all of the kernel's routes to peers, and make them what the FIB says; with
+        DirectRouting look anew at who is on our link.
         """
-        ours = [route for route in wanted if route.subnet.version == self.version]
-        peers = {route.subnet: route.underlay for route in ours}
-        try:
-            came, went, failed = await self._netlink.run(self._peer_routes.sync, peers)
-        except OSError as error:
-            log.error("routes on %s cannot be looked after: %s", self.device, error.strerror)
-            return
-        still = dict(failed)
-        self.refused = {x: err for x, err in self.refused.items() if still.get(x) == err}
-        self._tell_refused(failed)
-        if came or went or not self._has_reconciled:
-            log.info(
-                "Routes on %s: %d peers, %d written, %d stale removed",
-                self.device,
-                len(peers),
-                came,
-                went,
-            )
-        self._has_reconciled = True
+        await self._route_writer.reconcile()
+
+    async def write_routes(self) -> None:
+        """Write the kernel's routes for ever, as the FIB changes."""
+        await self._route_writer.run()
+
+    @property
+    def refused(self) -> Mapping[IPNetwork, int]:
+        """Peers whose route the kernel has refused, with its errno."""
+        return self._route_writer.refused
+
+    @property
+    def netlink_port(self) -> int:
+        """Who the kernel's events name as the author of our changes of routes."""
+        return self._peer_routes.port
 
     def forward(self, on_lost: Callable[[OSError], None]) -> None:
         """Begin to forward; `on_lost` is called when the device disappears."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pyflannel.control.lease import LeaseSubnet
-from pyflannel.dataplane.route import IPNetwork, Route, RouteChange
+from pyflannel.dataplane.route import IPNetwork, RouteChange
 from pyflannel.overlay import Overlay
 
 
@@ -35,10 +35,10 @@ class Overlays:
         for overlay in self.each:
             await overlay.apply(changes)
 
-    async def reconcile(self, wanted: Sequence[Route]) -> None:
-        """Make the kernel's routes to peers exactly these."""
+    async def reconcile(self) -> None:
+        """Make the kernel's routes to peers what the FIBs say."""
         for overlay in self.each:
-            await overlay.reconcile(wanted)
+            await overlay.reconcile()
 
     def keep_devices(self) -> None:
         """Leave the devices behind at exit from now on, as the start has succeeded."""

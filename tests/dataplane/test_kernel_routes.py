@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import errno
 import json
+import socket
 import time
 from collections.abc import Iterator, Sequence
 from ipaddress import IPv4Address, IPv4Network, ip_network
 
 import pytest
 
+from pyflannel.dataplane.host_change import RouteChanged
+from pyflannel.dataplane.host_events import parse_events
 from pyflannel.dataplane.kernel_routes import DirectRouting, PeerRoutes
 from pyflannel.dataplane.route import IPNetwork
 from tests.lab.hosts import Namespace
@@ -24,6 +27,7 @@ DEVICE = "flannel.1"
 FIRST, SECOND, THIRD = (ip_network(f"10.244.{n}.0/24") for n in (6, 7, 8))
 OURS = ip_network("10.244.5.0/24")
 UNDERLAY = IPv4Address("192.0.2.12")
+IPV4_ROUTES = 1 << 6  # RTNLGRP_IPV4_ROUTE
 
 
 @pytest.fixture
@@ -74,6 +78,19 @@ def test_a_refused_route_is_told_by_errno_and_the_others_stand(host: Namespace) 
     assert write(host, [FIRST, OURS, SECOND]) == [(OURS, errno.EINVAL)]
     assert routes(host) == [route(FIRST), route(SECOND)]
     assert sync(host, [FIRST, OURS, SECOND]) == (1, 0, [(OURS, errno.EINVAL)])
+
+
+def test_what_we_wrote_ourselves_is_no_event(host: Namespace) -> None:
+    ours = PeerRoutes(DEVICE, None, mtu=1450, overhead=50)
+    with inside(host, lambda: socket.socket(socket.AF_NETLINK, socket.SOCK_RAW)) as events:
+        events.bind((0, IPV4_ROUTES))
+        inside(host, lambda: ours.apply({FIRST: UNDERLAY, SECOND: UNDERLAY}, []))
+        inside(host, lambda: ours.apply({}, [FIRST]))
+        host.ip("route", "del", str(SECOND))
+        messages = b"".join(events.recv(1 << 16) for _ in range(4))
+    index = json.loads(host.ip("-j", "link", "show", DEVICE))[0]["ifindex"]
+    assert list(parse_events(messages, ours.port)) == [RouteChanged(SECOND, index, True)]
+    assert len(list(parse_events(messages))) == 4
 
 
 def test_a_device_that_is_gone_is_told(host: Namespace) -> None:

@@ -1,0 +1,129 @@
+"""Keeps the kernel's routes to peers behind the FIB, without letting the FIB wait for them.
+
+The kernel takes its time, 0.15 ms for each route where there are 10,000. What changes while it
+writes is collected, the last word on each subnet counts, and all of it goes in the next batch. What
+is written already is not written again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+
+from pyflannel.dataplane.kernel_routes import PeerRoutes
+from pyflannel.dataplane.netlink import Netlink
+from pyflannel.dataplane.route import IPAddress, IPNetwork
+
+log = logging.getLogger(__name__)
+
+
+class RouteWriter:
+    """Writes one device's routes; `on_gone` is called, at least once, when the kernel lost one.
+
+    The FIB keeps an entry until then, so that no packet finds a route and no entry.
+    """
+
+    def __init__(
+        self,
+        device: str,
+        netlink: Netlink,
+        routes: PeerRoutes,
+        on_gone: Callable[[IPNetwork], object],
+    ) -> None:
+        self._device = device
+        self._netlink = netlink
+        self._routes = routes
+        self._on_gone = on_gone
+        self._wanted: dict[IPNetwork, IPAddress] = {}
+        self._written: dict[IPNetwork, IPAddress] = {}
+        """What the kernel has for certain; not while it is being changed."""
+        self._unwritten: set[IPNetwork] = set()
+        self._changed = asyncio.Event()
+        self._has_reconciled = False
+        self.refused: dict[IPNetwork, int] = {}
+        """Peers whose route the kernel has refused, with its errno."""
+
+    def change(self, changes: Mapping[IPNetwork, IPAddress | None]) -> None:
+        """Have routes to subnets behind these underlay addresses, None where there shall be none.
+
+        `run` or `reconcile` writes them.
+        """
+        for subnet, underlay in changes.items():
+            if underlay is None:
+                self._wanted.pop(subnet, None)
+            else:
+                self._wanted[subnet] = underlay
+            if underlay is None or self._written.get(subnet) != underlay:
+                self._unwritten.add(subnet)
+        if self._unwritten:
+            self._changed.set()
+
+    async def run(self) -> None:
+        """Write for ever."""
+        while True:
+            await self._changed.wait()
+            batch = self._take()
+            replaced = {x: self._wanted[x] for x in batch if x in self._wanted}
+            deleted = [x for x in batch if x not in self._wanted]
+            for subnet in batch:
+                self._written.pop(subnet, None)
+            try:
+                failed = await self._netlink.run(self._routes.apply, replaced, deleted)
+            except OSError as error:
+                # All are written once the device is back.
+                log.warning("%s: routes cannot be written: %s", self._device, error)
+                replaced, failed = {}, []
+            for subnet in batch:
+                self.refused.pop(subnet, None)
+            self._settle(replaced, deleted, failed)
+
+    async def reconcile(self) -> None:
+        """Look at all routes the kernel has, and make them what all changes until now say."""
+        wanted = dict(self._wanted)
+        deleted = [x for x in self._take() if x not in wanted]
+        self._written = {}
+        try:
+            came, went, failed = await self._netlink.run(self._routes.sync, wanted)
+        except OSError as error:
+            log.error("routes on %s cannot be looked after: %s", self._device, error.strerror)
+            self._settle({}, deleted, [])
+            return
+        still = dict(failed)
+        self.refused = {x: err for x, err in self.refused.items() if still.get(x) == err}
+        self._settle(wanted, deleted, failed)
+        if came or went or not self._has_reconciled:
+            log.info(
+                "Routes on %s: %d peers, %d written, %d stale removed",
+                self._device,
+                len(wanted),
+                came,
+                went,
+            )
+        self._has_reconciled = True
+
+    def _take(self) -> set[IPNetwork]:
+        batch, self._unwritten = self._unwritten, set()
+        self._changed.clear()
+        return batch
+
+    def _settle(
+        self,
+        replaced: Mapping[IPNetwork, IPAddress],
+        deleted: Sequence[IPNetwork],
+        failed: Sequence[tuple[IPNetwork, int]],
+    ) -> None:
+        """Take in what was written; another word may have come meanwhile on any of it."""
+        wanted = self._wanted
+        self._written |= {
+            x: underlay for x, underlay in replaced.items() if wanted.get(x) == underlay
+        }
+        for subnet in deleted:
+            if subnet not in wanted:
+                self._on_gone(subnet)
+        for subnet, err in failed:
+            self._written.pop(subnet, None)
+            if self.refused.get(subnet) != err:
+                log.error("kernel route to %s: %s", subnet, os.strerror(err))
+            self.refused[subnet] = err

@@ -1,0 +1,154 @@
+"""The kernel's routes follow what is wanted, however slow the kernel is and whoever else asks."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from ipaddress import IPv4Address, IPv4Network
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pyflannel.dataplane.route import IPAddress, IPNetwork
+from pyflannel.route_writer import RouteWriter
+
+SUBNETS = [IPv4Network(f"10.5.{n}.0/24") for n in range(3)]
+HOSTS = [IPv4Address(f"192.0.2.{n}") for n in range(2)]
+
+
+class Kernel:
+    """Does what it is asked one after the other, each at the next `turn`."""
+
+    def __init__(self) -> None:
+        self.routes: dict[IPNetwork, IPAddress] = {}
+        self.refuses: set[IPNetwork] = set()
+        self.work: list[tuple[asyncio.Future[Any], Callable[..., Any], tuple[Any, ...]]] = []
+
+    async def run(self, work: Callable[..., Any], *args: Any) -> Any:
+        done = asyncio.get_running_loop().create_future()
+        self.work.append((done, work, args))
+        return await done
+
+    def turn(self) -> bool:
+        if self.work:
+            done, work, args = self.work.pop(0)
+            done.set_result(work(*args))
+            return True
+        return False
+
+    def apply(
+        self, replace: Mapping[IPNetwork, IPAddress], delete: Sequence[IPNetwork]
+    ) -> list[tuple[IPNetwork, int]]:
+        for subnet in delete:
+            self.routes.pop(subnet, None)
+        self.routes |= {x: host for x, host in replace.items() if x not in self.refuses}
+        return [(x, 22) for x in replace if x in self.refuses]
+
+    def sync(
+        self, wanted: Mapping[IPNetwork, IPAddress]
+    ) -> tuple[int, int, list[tuple[IPNetwork, int]]]:
+        self.routes = {x: host for x, host in wanted.items() if x not in self.refuses}
+        return 0, 0, [(x, 22) for x in wanted if x in self.refuses]
+
+
+class Node:
+    """A writer, its slow kernel, and a FIB in front."""
+
+    def __init__(self) -> None:
+        self.kernel = Kernel()
+        self.wanted: dict[IPNetwork, IPAddress] = {}
+        self.fib: set[IPNetwork] = set()
+        kernel: Any = self.kernel
+        self.writer = RouteWriter("flannel.1", kernel, kernel, self.fib.discard)
+        self.looks: list[asyncio.Future[None]] = []
+
+    def change(self, subnet: IPNetwork, host: IPAddress | None) -> None:
+        if host is not None:
+            self.wanted[subnet] = host
+            self.fib.add(subnet)
+        elif self.wanted.pop(subnet, None) is None:
+            return
+        self.writer.change({subnet: host})
+
+    def look(self) -> None:
+        self.looks.append(asyncio.ensure_future(self.writer.reconcile()))
+
+    async def settle(self) -> None:
+        for _ in range(4):
+            await asyncio.sleep(0)
+
+    async def finish(self) -> None:
+        await self.settle()
+        while self.kernel.turn():
+            await self.settle()
+        await asyncio.gather(*self.looks)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        running = asyncio.ensure_future(self.writer.run())
+        try:
+            yield
+            assert not running.done(), running.result()
+        finally:
+            running.cancel()
+
+
+_CHANGES = st.tuples(st.sampled_from(SUBNETS), st.sampled_from([*HOSTS, None]))
+_STEPS = st.lists(st.one_of(_CHANGES, st.sampled_from(["turn", "look"])), max_size=40)
+
+
+@given(steps=_STEPS)
+@settings(deadline=None)
+def test_whatever_comes_meanwhile_the_last_word_is_written(steps: list[Any]) -> None:
+    async def play() -> None:
+        node = Node()
+        with node.running():
+            for step in steps:
+                if step == "turn":
+                    node.kernel.turn()
+                    await node.settle()
+                elif step == "look":
+                    node.look()
+                else:
+                    node.change(*step)
+                # Nobody's packets find a route and no entry behind it.
+                assert node.fib >= node.wanted.keys()
+            await node.finish()
+            assert node.kernel.routes == node.wanted
+            assert node.fib == set(node.wanted)
+
+    asyncio.run(play())
+
+
+async def test_what_comes_while_the_kernel_is_busy_goes_at_once_afterwards() -> None:
+    node = Node()
+    with node.running():
+        for subnet in SUBNETS:
+            node.change(subnet, HOSTS[0])
+            await node.settle()
+        node.change(SUBNETS[1], HOSTS[1])
+        assert len(node.kernel.work) == 1
+        node.kernel.turn()
+        await node.settle()
+        ((_, _, batch),) = node.kernel.work
+        assert batch == ({SUBNETS[1]: HOSTS[1], SUBNETS[2]: HOSTS[0]}, [])
+
+
+async def test_what_is_written_is_not_written_again_unless_it_was_refused() -> None:
+    node = Node()
+    node.kernel.refuses.add(SUBNETS[1])
+    with node.running():
+        for _ in range(2):
+            node.change(SUBNETS[0], HOSTS[0])
+            node.change(SUBNETS[1], HOSTS[0])
+            await node.settle()
+            ((_, _, (replaced, _)),) = node.kernel.work
+            await node.finish()
+            assert node.writer.refused == {SUBNETS[1]: 22}
+        assert replaced == {SUBNETS[1]: HOSTS[0]}
+        node.kernel.refuses.clear()
+        node.look()
+        await node.finish()
+        assert node.writer.refused == {}
