@@ -14,6 +14,7 @@ from ipaddress import IPv4Network
 import pytest
 
 from tests.lab.hosts import (
+    NETWORK,
     PREFIX,
     SWITCH_ADDRESS,
     Host,
@@ -26,7 +27,7 @@ from tests.lab.hosts import (
 from tests.lab.kernel_node import program_kernel_node, start_kernel_node
 from tests.lab.require import require_program, require_root
 
-DIRECT = '{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan","DirectRouting":true}}'
+DIRECT = f'{{{NETWORK},"Backend":{{"Type":"vxlan","DirectRouting":true}}}}'
 FAR = "10.244.201.0/24"
 
 

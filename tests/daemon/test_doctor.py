@@ -32,7 +32,6 @@ from tests.lab.kernel_node import program_kernel_node, start_kernel_node
 from tests.lab.require import require_program, require_root
 
 ETCD = f"http://{SWITCH_ADDRESS}:{ETCD_PORT}"
-CONFIG = '{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}'
 KERNEL_SUBNET = IPv4Network("10.244.200.0/24")
 KERNEL_MAC = "0a:00:00:00:00:03"
 BRIDGE = Path("/proc/sys/net/bridge/bridge-nf-call-iptables")
@@ -55,7 +54,7 @@ def made() -> Iterator[Lab]:
         require_program(program)
 
     with lab(3) as made:
-        made.put_config(CONFIG)
+        made.put_config()
         made.start_daemon(made.hosts[1])
         start_kernel_node(made, made.hosts[2], KERNEL_SUBNET, KERNEL_MAC)
         program_kernel_node(made, made.hosts[2])
@@ -65,7 +64,7 @@ def made() -> Iterator[Lab]:
 @pytest.fixture
 def patient(made: Lab) -> Iterator[Host]:
     """A host in good order without a daemon."""
-    made.put_config(CONFIG)
+    made.put_config()
     host = made.hosts[0]
     yield host
     for index in range(len(host.processes)):

@@ -26,6 +26,7 @@ from pyflannel.dataplane.route import IPAddress
 from pyflannel.echo import echo
 from tests.lab.hosts import (
     ETCD_PORT,
+    NETWORK,
     PREFIX,
     SWITCH_ADDRESS,
     Host,
@@ -42,8 +43,7 @@ from tests.lab.require import require_program, require_root
 
 NETWORK_V6 = IPv6Network("2001:db8:42::/56")
 CONFIG = (
-    f'{{"Network":"10.244.0.0/16","EnableIPv6":true,"IPv6Network":"{NETWORK_V6}",'
-    '"Backend":{"Type":"vxlan"}}'
+    f'{{{NETWORK},"EnableIPv6":true,"IPv6Network":"{NETWORK_V6}","Backend":{{"Type":"vxlan"}}}}'
 )
 ETCD = f"http://{SWITCH_ADDRESS}:{ETCD_PORT}"
 KERNEL_SUBNET, KERNEL_MAC = IPv4Network("10.244.200.0/24"), "0a:00:00:00:00:03"

@@ -19,6 +19,7 @@ import pytest
 
 from pyflannel.dataplane.route import IPAddress
 from tests.lab.hosts import (
+    NETWORK,
     PREFIX,
     Host,
     Lab,
@@ -46,9 +47,7 @@ def made() -> Iterator[Lab]:
     for program in ("ip", "bridge", "ethtool", "etcd", "etcdctl", "ping", "iperf3", "ss"):
         require_program(program)
     with lab(2) as made:
-        made.put_config(
-            f'{{"Network":"10.244.0.0/16","Backend":{{"Type":"vxlan","VNI":{VNI},"Port":{PORT}}}}}'
-        )
+        made.put_config(f'{{{NETWORK},"Backend":{{"Type":"vxlan","VNI":{VNI},"Port":{PORT}}}}}')
         ours = made.hosts[0]
         made.start_daemon(ours)
         start_kernel(made)

@@ -13,8 +13,6 @@ import pytest
 from tests.lab.hosts import PREFIX, Host, Lab, lab, wait_until
 from tests.lab.require import require_program, require_root
 
-CONFIG = '{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}'
-
 
 @pytest.fixture(scope="module")
 def made() -> Iterator[Lab]:
@@ -29,7 +27,7 @@ def made() -> Iterator[Lab]:
 def host(made: Lab) -> Iterator[Host]:
     """A host without a flannel device, and an etcd with nothing but a good configuration."""
     made.etcdctl("del", "--prefix", PREFIX)
-    made.put_config(CONFIG)
+    made.put_config()
     host = made.hosts[0]
     yield host
     for index in range(len(host.processes)):

@@ -17,11 +17,10 @@ import pytest
 
 from pyflannel.notify import notify
 from pyflannel.pulse import watchdog_seconds
-from tests.lab.hosts import PREFIX, Host, Lab, lab, wait_until
+from tests.lab.hosts import CONFIG, PREFIX, Host, Lab, lab, wait_until
 from tests.lab.require import require_program, require_root
 
 PORT = 8081
-CONFIG = '{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}'
 # sys/ptrace.h
 PTRACE_DETACH, PTRACE_SEIZE, PTRACE_INTERRUPT = 17, 0x4206, 0x4207
 WAIT_ALL_THREADS = 0x40000000
@@ -62,7 +61,7 @@ def made() -> Iterator[Lab]:
 
 @pytest.fixture
 def host(made: Lab) -> Iterator[Host]:
-    made.put_config(CONFIG)
+    made.put_config()
     host = made.hosts[0]
     host.log.unlink(missing_ok=True)
     yield host
@@ -139,7 +138,7 @@ def test_a_configuration_that_went_bad_is_told_and_the_old_one_stays(made: Lab, 
     assert 'Backend.Type "udp"' in body
     assert "stays in use" in body
     assert _page(made, host, "healthz")[0] == 200
-    made.put_config(CONFIG)
+    made.put_config()
     host.processes[index].send_signal(signal.SIGHUP)
     wait_until(lambda: _page(made, host, "readyz")[0] == 200, "it becomes ready again")
 

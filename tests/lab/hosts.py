@@ -35,6 +35,9 @@ from pyflannel.dataplane.route import IPAddress
 
 ETCD_PORT = 2379
 PREFIX = "/coreos.com/network"
+# The subnets behind the last are for the peers of a test's own making.
+NETWORK = '"Network":"10.244.0.0/16","SubnetMax":"10.244.63.0"'
+CONFIG = f'{{{NETWORK},"Backend":{{"Type":"vxlan"}}}}'
 UNDERLAY = IPv4Network("192.168.77.0/24")
 UNDERLAY_V6 = IPv6Network("fd77::/64")
 CABLE = IPv4Network("192.168.78.0/30")
@@ -338,10 +341,9 @@ class Lab:
             raise RuntimeError(f"etcdctl {' '.join(words)}: {done.stderr}")
         return done.stdout + done.stderr
 
-    def put_config(self, text: str | None = None) -> None:
+    def put_config(self, text: str = CONFIG) -> None:
         """Write the network configuration."""
-        default = '{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}'
-        self.etcdctl("put", f"{PREFIX}/config", text or default)
+        self.etcdctl("put", f"{PREFIX}/config", text)
 
     def leases(self) -> dict[str, dict[str, object]]:
         """Return the lease values by subnet key."""
