@@ -210,6 +210,11 @@ class Overlay:
         self._subnet = subnet
         try:
             await self.configure()
+        except PermissionError:
+            raise Refusal(
+                f"setting up {self.device} is not permitted: run as root or with CAP_NET_ADMIN "
+                "(docker run --cap-add=NET_ADMIN)"
+            ) from None
         except OSError as error:
             raise Refusal(
                 f"{self.device}: the kernel refuses address {subnet.network_address} and MTU "

@@ -48,7 +48,7 @@ def _refused(
     assert "Traceback" not in printed
     errors = [line for line in printed.splitlines() if line.startswith("E")]
     assert len(errors) == 1, printed
-    assert host.ip("-o", "link") == links
+    wait_until(lambda: host.ip("-o", "link") == links, "the links are as before")
     assert not host.subnet_file.exists()
     return errors[0]
 
@@ -124,6 +124,14 @@ def test_a_second_daemon(made: Lab, host: Host) -> None:
 
 
 def test_without_cap_net_admin(made: Lab, host: Host) -> None:
+    wrapper = ("setpriv", "--bounding-set=-net_admin", "--inh-caps=-net_admin")
+    assert "CAP_NET_ADMIN" in _refused(made, host, wrapper=wrapper)
+
+
+def test_without_cap_net_admin_beside_a_device_of_the_last_run(made: Lab, host: Host) -> None:
+    host.stop(made.start_daemon(host))
+    host.subnet_file.unlink()
+    wait_until(lambda: "NO-CARRIER" in host.ip("link"), "the device is without its daemon")
     wrapper = ("setpriv", "--bounding-set=-net_admin", "--inh-caps=-net_admin")
     assert "CAP_NET_ADMIN" in _refused(made, host, wrapper=wrapper)
 
