@@ -56,7 +56,7 @@ static uint64_t sum_bytes(const uint8_t *octet, size_t length)
 {
 	size_t blocks = length / BLOCK_BYTES;
 	uint64_t sum = blocks ? sum_blocks(octet, blocks) : 0;
-	uint16_t word;
+	uint32_t word;
 
 	octet += blocks * BLOCK_BYTES;
 	length -= blocks * BLOCK_BYTES;
@@ -64,12 +64,9 @@ static uint64_t sum_bytes(const uint8_t *octet, size_t length)
 		memcpy(&word, octet, sizeof(word));
 		sum += word;
 	}
-	if (length) {
-		word = 0;
-		memcpy(&word, octet, 1);
-		sum += word;
-	}
-	return sum;
+	word = 0;
+	memcpy(&word, octet, length);
+	return sum + word;
 }
 
 /**

@@ -17,7 +17,6 @@
 #include <netinet/in.h>
 #include <netinet/udp.h>
 #include <stdlib.h>
-#include <sys/epoll.h>
 #include <sys/mman.h>
 #include <sys/uio.h>
 #include <unistd.h>
@@ -297,8 +296,6 @@ int decap_turn(struct decap_side *side, unsigned int batches)
  */
 int decap_open(struct decap_side *side, struct fp_ctx *ctx, const struct fp_io *io)
 {
-	struct epoll_event event = { .events = EPOLLIN, .data.u64 = DECAP_KEY_SOCKET };
-
 	side->ctx = ctx;
 	side->receive_fd = io->receive;
 	side->tun_fd = io->tun_write;
@@ -324,10 +321,6 @@ int decap_open(struct decap_side *side, struct fp_ctx *ctx, const struct fp_io *
 			.msg_control = &receive->control,
 		};
 	}
-	side->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
-	if (side->epoll_fd < 0 ||
-	    epoll_ctl(side->epoll_fd, EPOLL_CTL_ADD, side->receive_fd, &event))
-		return errno;
 	fib_reader_add(ctx->fib, &side->reader);
 	side->registered = true;
 	return 0;
@@ -338,8 +331,6 @@ void decap_close(struct decap_side *side)
 {
 	if (side->registered)
 		fib_reader_remove(side->ctx->fib, &side->reader);
-	if (side->epoll_fd >= 0)
-		close(side->epoll_fd);
 	if (side->arena)
 		munmap(side->arena, ARENA_BYTES);
 }

@@ -10,8 +10,6 @@
 #define SUSPECTS 64
 #define RECEIVES 64
 
-enum { DECAP_KEY_SOCKET, DECAP_KEY_STOP };
-
 /* One message that came in. */
 struct receive {
 	struct iovec iov;
@@ -27,7 +25,6 @@ struct decap_side {
 	struct fp_ctx *ctx;
 	struct fib_reader reader;
 	bool registered; /* as a reader */
-	int epoll_fd; /* -1 before decap_open() */
 	int receive_fd;
 	int tun_fd;
 	unsigned int slots; /* to receive into next time */

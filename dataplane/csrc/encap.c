@@ -607,43 +607,53 @@ static int encap_batch(struct encap_side *side, struct tun_queue *queue)
 }
 
 /**
- * encap_turn() - Move what is ready, without blocking
- * @side:    Side that no other thread is in
- * @batches: At most so many
+ * encap_wait() - Wait until a turn has work
+ * @side:       Side that no other thread is in
+ * @timeout_ms: As for epoll_wait()
+ *
+ * Return: READY_... of what the worker has to look at, 0 for nothing, or -EBADFD when the TUN
+ * device is gone
+ */
+int encap_wait(struct encap_side *side, int timeout_ms)
+{
+	struct epoll_event event[ENCAP_KEYS];
+	int count = epoll_wait(side->epoll_fd, event, ENCAP_KEYS, timeout_ms);
+	int ready = 0;
+
+	side->next = NULL;
+	for (int i = 0; i < count; i++) {
+		uint64_t key = event[i].data.u64;
+
+		if (key == ENCAP_KEY_STOP) {
+			ready |= READY_STOP;
+		} else if (key == ENCAP_KEY_RECEIVE) {
+			ready |= READY_RECEIVE;
+		} else if (key >= ENCAP_KEY_SOCKET) {
+			flush_socket(side, (unsigned int)(key - ENCAP_KEY_SOCKET));
+			ready |= READY_ENCAP;
+		} else {
+			/* tun_chr_poll() reports an error only when the device is gone. */
+			if (event[i].events & EPOLLERR)
+				return -EBADFD;
+			if (!side->next || side->queue[key].served < side->next->served)
+				side->next = &side->queue[key];
+			ready |= READY_ENCAP;
+		}
+	}
+	return ready;
+}
+
+/**
+ * encap_turn() - Move a batch of the queue that encap_wait() found, without blocking
+ * @side: Side that no other thread is in
  *
  * Return: packets moved, or -EBADFD when the TUN device is gone
  */
-int encap_turn(struct encap_side *side, unsigned int batches)
+int encap_turn(struct encap_side *side)
 {
-	int packets = 0;
-
-	while (batches--) {
-		struct epoll_event event[TUN_QUEUES_MAX + SEND_SOCKETS_MAX + 1];
-		int ready = epoll_wait(side->epoll_fd, event, sizeof(event) / sizeof(event[0]), 0);
-		struct tun_queue *next = NULL;
-		int moved;
-
-		for (int i = 0; i < ready; i++) {
-			uint64_t key = event[i].data.u64;
-
-			if (key < TUN_QUEUES_MAX) {
-				/* tun_chr_poll() reports an error only when the device is gone. */
-				if (event[i].events & EPOLLERR)
-					return -EBADFD;
-				if (!next || side->queue[key].served < next->served)
-					next = &side->queue[key];
-			} else if (key < ENCAP_KEY_STOP) {
-				flush_socket(side, (unsigned int)(key - ENCAP_KEY_SOCKET));
-			}
-		}
-		if (side->blocked || (side->sends && !flush(side)) || !next)
-			break;
-		moved = encap_batch(side, next);
-		if (moved < 0)
-			return moved;
-		packets += moved;
-	}
-	return packets;
+	if (side->blocked || (side->sends && !flush(side)) || !side->next)
+		return 0;
+	return encap_batch(side, side->next);
 }
 
 /**

@@ -14,10 +14,16 @@
 #define SENDS 128
 #define PIECES 256
 
-/* Keys of the epoll set: first TUN queues, then send sockets that are full, then the stop signal.
+/* Keys of the epoll set: first TUN queues, then send sockets that are full, then what the worker
+ * added.
  */
 #define ENCAP_KEY_SOCKET TUN_QUEUES_MAX
-#define ENCAP_KEY_STOP (TUN_QUEUES_MAX + SEND_SOCKETS_MAX)
+#define ENCAP_KEY_RECEIVE (TUN_QUEUES_MAX + SEND_SOCKETS_MAX)
+#define ENCAP_KEY_STOP (ENCAP_KEY_RECEIVE + 1)
+#define ENCAP_KEYS (ENCAP_KEY_STOP + 1)
+
+/* What a wait has found. */
+enum { READY_ENCAP = 1, READY_RECEIVE = 2, READY_STOP = 4 };
 
 /* Equal datagrams, and at most one shorter at the end, that lie in one piece of memory. */
 struct piece {
@@ -66,6 +72,7 @@ struct encap_side {
 	int epoll_fd; /* -1 before encap_open() */
 	unsigned int queues;
 	struct tun_queue queue[TUN_QUEUES_MAX];
+	struct tun_queue *next; /* ready, and served longest ago; or NULL */
 	unsigned int sockets;
 	struct send_socket socket[SEND_SOCKETS_MAX];
 	unsigned int blocked; /* sockets that wait for room */
@@ -82,7 +89,8 @@ struct encap_side {
 
 int encap_open(struct encap_side *side, struct fp_ctx *ctx, const struct fp_io *io);
 void encap_close(struct encap_side *side);
-int encap_turn(struct encap_side *side, unsigned int batches);
+int encap_wait(struct encap_side *side, int timeout_ms);
+int encap_turn(struct encap_side *side);
 void encap_drain(struct encap_side *side, int timeout_ms);
 
 #endif

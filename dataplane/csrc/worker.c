@@ -2,16 +2,18 @@
 /*
  * DOC: Who moves packets, and when
  *
- * A worker has two sides, TUN to wire (csrc/encap.c) and wire to TUN (csrc/decap.c), each with an
- * epoll set of its own. They are turned in one of three ways:
+ * A worker has two sides, TUN to wire (csrc/encap.c) and wire to TUN (csrc/decap.c). They are
+ * turned in one of three ways:
  *
  *  - by the caller's event loop: fp_worker_fd() is readable when fp_worker_turn() has work;
  *  - by one thread for both, which saves wake-ups while there is little to do;
  *  - by two threads, one for each side, which is faster under load.
  *
- * In adaptive mode the first thread calls the second in after it has been busy for BUSY_NS without
- * a pause, and the second gives its side back when it had less than LULL_PACKETS in LULL_NS. A side
- * changes hands between two batches, so at any time one thread is in it and no flow is reordered.
+ * Who turns the decap side has the receive socket in its epoll set, and it is in one set at a time.
+ * So one thread at a time is in a side, and no flow is reordered when a side changes hands. In
+ * adaptive mode the first thread hands the socket over when it has slept for less than an eighth of
+ * WINDOW_NS, and the second hands it back when both together had less to do for LULL_NS than one
+ * thread can do.
  *
  * A thread that has had packets goes on polling for `poll_us` before it sleeps: the next packet
  * then costs no wake-up.
@@ -22,30 +24,38 @@
 #include <signal.h>
 #include <stdlib.h>
 #include <sys/eventfd.h>
-#include <sys/syscall.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include "decap.h"
 #include "encap.h"
 
 #define BATCHES_PER_TURN 4
-#define NICE_RAISED (-20)
-#define SLICE_NS (100 * 1000)
-#define BUSY_NS (1000 * 1000)
+#define NICE_MIN (-20)
+#define NICE_STEPS 3 /* twice the share of a process at the daemon's own nice value */
+#define WINDOW_NS (2 * 1000 * 1000)
 #define LULL_NS (20 * 1000 * 1000)
-#define LULL_PACKETS 256
 #define LULL_MS 20
 #define BEAT_MS 1000 /* a thread turns at least so often, to show that it can */
 /* A full send buffer empties at the speed of the network card. */
 #define DRAIN_MS 100
 
-/* Keys of the epoll set over both sides. */
-enum { KEY_ENCAP, KEY_DECAP, KEY_STOP };
+/* Keys of the second thread's epoll set. */
+enum { KEY_RECEIVE, KEY_STOP };
+
+/* A thread at work. */
+struct shift {
+	pthread_t thread;
+	uint64_t last; /* when it moved packets; ns */
+	_Atomic uint64_t turned_ms; /* when its present turn began */
+	_Atomic uint64_t idle_ns; /* in waits that are over */
+	_Atomic uint64_t waiting_since; /* ns; 0: it does not wait */
+};
 
 struct fp_worker {
 	struct fp_ctx *ctx;
 	struct fp_worker *next;
-	int epoll_fd; /* both sides; what an event loop or a thread for both waits on */
+	int receive_set; /* epoll set of the second thread */
 	int stop_fd; /* readable once threads are to end */
 	int error_fd; /* readable once a thread has ended with an error */
 	_Atomic int error;
@@ -53,18 +63,16 @@ struct fp_worker {
 	int schedule;
 	uint64_t poll_ns;
 	bool adaptive;
-	unsigned int threads;
-	pthread_t thread[2];
-	_Atomic uint64_t turned_ms[2]; /* when each thread began its present turn */
 	_Atomic bool assisted; /* the second thread has the decap side */
-	int assist_fd; /* readable: the second thread is called in */
+	unsigned int threads;
+	struct shift shift[2];
 	struct encap_side encap;
 	struct decap_side decap;
 };
 
-static int watch(int epoll_fd, int operation, int fd, uint32_t events, uint64_t key)
+static int watch(int epoll_fd, int operation, int fd, uint64_t key)
 {
-	struct epoll_event event = { .events = events, .data.u64 = key };
+	struct epoll_event event = { .events = EPOLLIN, .data.u64 = key };
 
 	return epoll_ctl(epoll_fd, operation, fd, &event);
 }
@@ -84,32 +92,27 @@ struct fp_worker *fp_worker_new(struct fp_ctx *ctx, const struct fp_io *io)
 	if (!worker)
 		return NULL;
 	worker->ctx = ctx;
-	worker->encap.epoll_fd = worker->decap.epoll_fd = -1;
+	worker->encap.epoll_fd = -1;
 	worker->poll_ns = (uint64_t)io->poll_us * 1000;
 	worker->schedule = io->schedule;
-	worker->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
+	worker->receive_set = epoll_create1(EPOLL_CLOEXEC);
 	worker->stop_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	worker->error_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-	worker->assist_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	pthread_mutex_lock(&ctx->lock);
 	worker->next = ctx->workers;
 	ctx->workers = worker;
 	pthread_mutex_unlock(&ctx->lock);
-	if (worker->epoll_fd < 0 || worker->stop_fd < 0 || worker->error_fd < 0 ||
-	    worker->assist_fd < 0) {
+	if (worker->receive_set < 0 || worker->stop_fd < 0 || worker->error_fd < 0) {
 		err = errno;
 		goto fail;
 	}
 	err = encap_open(&worker->encap, ctx, io);
 	if (!err)
 		err = decap_open(&worker->decap, ctx, io);
+	if (!err && watch(worker->encap.epoll_fd, EPOLL_CTL_ADD, io->receive, ENCAP_KEY_RECEIVE))
+		err = errno;
 	if (err)
 		goto fail;
-	if (watch(worker->epoll_fd, EPOLL_CTL_ADD, worker->encap.epoll_fd, EPOLLIN, KEY_ENCAP) ||
-	    watch(worker->epoll_fd, EPOLL_CTL_ADD, worker->decap.epoll_fd, EPOLLIN, KEY_DECAP)) {
-		err = errno;
-		goto fail;
-	}
 	return worker;
 fail:
 	fp_worker_free(worker);
@@ -145,10 +148,9 @@ void fp_worker_free(struct fp_worker *worker)
 	pthread_mutex_unlock(&ctx->lock);
 	encap_close(&worker->encap);
 	decap_close(&worker->decap);
-	close_fd(worker->epoll_fd);
+	close_fd(worker->receive_set);
 	close_fd(worker->stop_fd);
 	close_fd(worker->error_fd);
-	close_fd(worker->assist_fd);
 	free(worker);
 }
 
@@ -159,7 +161,7 @@ void fp_worker_free(struct fp_worker *worker)
  */
 int fp_worker_fd(const struct fp_worker *worker)
 {
-	return worker->threads ? worker->error_fd : worker->epoll_fd;
+	return worker->threads ? worker->error_fd : worker->encap.epoll_fd;
 }
 
 /**
@@ -172,6 +174,15 @@ int fp_worker_error(const struct fp_worker *worker)
 	return worker->error;
 }
 
+/* Do what was found to be ready. Return: packets read and messages received, or -EBADFD */
+static int turn(struct fp_worker *worker, int ready)
+{
+	int received = ready & READY_RECEIVE ? decap_turn(&worker->decap, 1) : 0;
+	int sent = encap_turn(&worker->encap);
+
+	return sent < 0 ? sent : sent + received;
+}
+
 /**
  * fp_worker_turn() - Do what is ready in both directions, a bounded amount, without blocking
  * @worker: Worker without threads
@@ -180,10 +191,19 @@ int fp_worker_error(const struct fp_worker *worker)
  */
 int fp_worker_turn(struct fp_worker *worker)
 {
-	int received = decap_turn(&worker->decap, BATCHES_PER_TURN);
-	int sent = encap_turn(&worker->encap, BATCHES_PER_TURN);
+	int total = 0;
 
-	return sent < 0 ? sent : sent + received;
+	for (unsigned int i = 0; i < BATCHES_PER_TURN; i++) {
+		int ready = encap_wait(&worker->encap, 0);
+		int moved = ready < 0 ? ready : turn(worker, ready);
+
+		if (moved < 0)
+			return moved;
+		if (!ready)
+			break;
+		total += moved;
+	}
+	return total;
 }
 
 static void fail(struct fp_worker *worker, int err)
@@ -192,31 +212,24 @@ static void fail(struct fp_worker *worker, int err)
 	eventfd_write(worker->error_fd, 1);
 }
 
-/* linux/sched/types.h, which libc does not have everywhere. */
-struct sched_attributes {
-	uint32_t size;
-	uint32_t policy;
-	uint64_t flags;
-	int32_t nice;
-	uint32_t priority;
-	uint64_t runtime; /* of SCHED_OTHER: the slice, from Linux 6.12 on */
-	uint64_t deadline;
-	uint64_t period;
-};
-
-/* Give the calling thread the schedule of @worker; without the right to it stays as it is. */
+/*
+ * Give the calling thread (that is what 0 means on Linux) the schedule of @worker; without the
+ * right to it stays as it is. Raised is a little only: with more, or with shorter slices, it takes
+ * the core from a local sender at each of its packets, and batches stay small.
+ */
 static void schedule(struct fp_worker *worker)
 {
-	struct sched_attributes raised = { .size = sizeof(raised),
-					   .policy = SCHED_OTHER,
-					   .nice = NICE_RAISED,
-					   .runtime = SLICE_NS };
-	struct sched_attributes realtime = { .size = sizeof(realtime),
-					     .policy = SCHED_RR,
-					     .priority = 1 };
-	void *attributes = worker->schedule == FP_SCHEDULE_RAISED ? &raised : &realtime;
+	struct sched_param realtime = { .sched_priority = 1 };
+	int err = 0;
 
-	if (worker->schedule != FP_SCHEDULE_NORMAL && syscall(SYS_sched_setattr, 0, attributes, 0))
+	if (worker->schedule == FP_SCHEDULE_REALTIME) {
+		err = sched_setscheduler(0, SCHED_RR, &realtime);
+	} else if (worker->schedule == FP_SCHEDULE_RAISED) {
+		int raised = getpriority(PRIO_PROCESS, 0) - NICE_STEPS;
+
+		err = setpriority(PRIO_PROCESS, 0, raised < NICE_MIN ? NICE_MIN : raised);
+	}
+	if (err)
 		worker->schedule_error = errno;
 }
 
@@ -230,182 +243,157 @@ int fp_worker_schedule_error(const struct fp_worker *worker)
 	return worker->schedule_error;
 }
 
-/* Wait for @epoll_fd, after polling it if packets came a moment ago. Return: as epoll_wait() */
-static int wait_for(const struct fp_worker *worker, int epoll_fd, uint64_t last, int timeout_ms,
-		    struct epoll_event *event)
+/* The second thread's encap_wait(). */
+static int receive_wait(const struct fp_worker *worker, int timeout_ms)
 {
-	int ready;
+	struct epoll_event event[2];
+	int count = epoll_wait(worker->receive_set, event, 2, timeout_ms);
+	int ready = 0;
 
-	do
-		ready = epoll_wait(epoll_fd, event, 1, 0);
-	while (ready == 0 && worker->poll_ns && now_ns() - last < worker->poll_ns);
-	if (ready == 0)
-		ready = epoll_wait(epoll_fd, event, 1, timeout_ms);
+	for (int i = 0; i < count; i++)
+		ready |= event[i].data.u64 == KEY_STOP ? READY_STOP : READY_RECEIVE;
 	return ready;
 }
 
-/* Hand the decap side to the second thread. */
-static void call_assistant(struct fp_worker *worker)
+/* Let a thread wait for work, awake at first if it had packets a moment ago. Return: READY_... */
+static int rest(struct fp_worker *worker, unsigned int thread, int timeout_ms)
 {
-	watch(worker->epoll_fd, EPOLL_CTL_MOD, worker->decap.epoll_fd, 0, KEY_DECAP);
+	struct shift *shift = &worker->shift[thread];
+	uint64_t began = now_ns();
+	uint64_t awake_until = shift->last + worker->poll_ns;
+	int ready = 0;
+
+	atomic_store_explicit(&shift->turned_ms, began / 1000000, memory_order_relaxed);
+	atomic_store_explicit(&shift->waiting_since, began, memory_order_relaxed);
+	while (!ready && worker->poll_ns && now_ns() < awake_until)
+		ready = thread ? receive_wait(worker, 0) : encap_wait(&worker->encap, 0);
+	if (!ready)
+		ready = thread ? receive_wait(worker, timeout_ms)
+			       : encap_wait(&worker->encap, timeout_ms);
+	atomic_store_explicit(&shift->idle_ns, shift->idle_ns + now_ns() - began,
+			      memory_order_relaxed);
+	atomic_store_explicit(&shift->waiting_since, 0, memory_order_relaxed);
+	return ready;
+}
+
+/* How long a thread has waited for work since it began. */
+static uint64_t idle_ns(const struct shift *shift, uint64_t now)
+{
+	uint64_t since = atomic_load_explicit(&shift->waiting_since, memory_order_relaxed);
+	uint64_t idle = atomic_load_explicit(&shift->idle_ns, memory_order_relaxed);
+
+	return idle + (since && since < now ? now - since : 0);
+}
+
+/* Give the decap side to the second thread. Return: 0, or an errno */
+static int hand_over(struct fp_worker *worker)
+{
+	int receive = worker->decap.receive_fd;
+
+	if (watch(worker->encap.epoll_fd, EPOLL_CTL_DEL, receive, ENCAP_KEY_RECEIVE))
+		return errno;
 	worker->assisted = true;
-	eventfd_write(worker->assist_fd, 1);
+	return watch(worker->receive_set, EPOLL_CTL_ADD, receive, KEY_RECEIVE) ? errno : 0;
 }
 
-static void beat(struct fp_worker *worker, unsigned int thread)
+/* Give it back to the first. */
+static int hand_back(struct fp_worker *worker)
 {
-	atomic_store_explicit(&worker->turned_ms[thread], coarse_ms(), memory_order_relaxed);
+	int receive = worker->decap.receive_fd;
+
+	if (watch(worker->receive_set, EPOLL_CTL_DEL, receive, KEY_RECEIVE))
+		return errno;
+	worker->assisted = false;
+	return watch(worker->encap.epoll_fd, EPOLL_CTL_ADD, receive, ENCAP_KEY_RECEIVE) ? errno : 0;
 }
 
-static void *run_both(void *arg)
+/* The first thread: both sides, or the encap side while the second has the other. */
+static void *run_first(void *arg)
 {
 	struct fp_worker *worker = arg;
-	uint64_t last = 0, busy_since = now_ns();
+	struct shift *shift = &worker->shift[0];
+	uint64_t window = now_ns(), idle = shift->idle_ns;
 
 	schedule(worker);
 	for (;;) {
-		struct epoll_event event = { 0 };
-		int moved = 0;
-
-		beat(worker, 0);
-		/* Nothing ready at once is the pause that ends a busy time. */
-		if (epoll_wait(worker->epoll_fd, &event, 1, 0) == 0) {
-			wait_for(worker, worker->epoll_fd, last, BEAT_MS, &event);
-			busy_since = now_ns();
-		}
-		if (event.data.u64 == KEY_STOP)
-			return NULL;
-		if (!worker->assisted)
-			moved = decap_turn(&worker->decap, 1);
-		int sent = encap_turn(&worker->encap, 1);
-
-		if (sent < 0) {
-			fail(worker, -sent);
-			return NULL;
-		}
-		if (sent + moved > 0 && (worker->poll_ns || worker->adaptive))
-			last = now_ns();
-		if (worker->adaptive && !worker->assisted && last > busy_since + BUSY_NS)
-			call_assistant(worker);
-	}
-}
-
-static void *run_encap(void *arg)
-{
-	struct fp_worker *worker = arg;
-	uint64_t last = 0;
-
-	schedule(worker);
-	for (;;) {
-		struct epoll_event event = { 0 };
-
-		beat(worker, 0);
-		if (wait_for(worker, worker->encap.epoll_fd, last, BEAT_MS, &event) > 0 &&
-		    event.data.u64 == ENCAP_KEY_STOP)
-			return NULL;
-		int sent = encap_turn(&worker->encap, BATCHES_PER_TURN);
-
-		if (sent < 0) {
-			fail(worker, -sent);
-			return NULL;
-		}
-		if (sent && worker->poll_ns)
-			last = now_ns();
-	}
-}
-
-static void *run_decap(void *arg)
-{
-	struct fp_worker *worker = arg;
-	uint64_t last = 0;
-
-	schedule(worker);
-	for (;;) {
-		struct epoll_event event = { 0 };
-
-		beat(worker, 1);
-		if (wait_for(worker, worker->decap.epoll_fd, last, BEAT_MS, &event) > 0 &&
-		    event.data.u64 == DECAP_KEY_STOP)
-			return NULL;
-		if (decap_turn(&worker->decap, BATCHES_PER_TURN) && worker->poll_ns)
-			last = now_ns();
-	}
-}
-
-/* Serve the decap side until there is a lull. Return: whether to go on waiting for calls */
-static bool assist(struct fp_worker *worker)
-{
-	uint64_t began = now_ns(), last = 0;
-	uint64_t packets = worker->decap.counters.traffic.decap_packets;
-
-	for (;;) {
-		struct epoll_event event = { 0 };
+		int ready = rest(worker, 0, BEAT_MS);
+		int moved = ready < 0 ? ready : turn(worker, ready);
+		int err = moved < 0 ? -moved : 0;
 		uint64_t now;
 
-		beat(worker, 1);
-		if (wait_for(worker, worker->decap.epoll_fd, last, LULL_MS, &event) > 0 &&
-		    event.data.u64 == DECAP_KEY_STOP)
-			return false;
-		decap_turn(&worker->decap, BATCHES_PER_TURN);
-		now = last = now_ns();
-		if (now - began < LULL_NS)
-			continue;
-		if (worker->decap.counters.traffic.decap_packets - packets < LULL_PACKETS) {
-			/* In this order: the first thread may call again as soon as it has it. */
-			watch(worker->epoll_fd, EPOLL_CTL_MOD, worker->decap.epoll_fd, EPOLLIN,
-			      KEY_DECAP);
-			worker->assisted = false;
-			return true;
+		if (!err && ready & READY_STOP)
+			return NULL;
+		now = now_ns();
+		if (moved > 0)
+			shift->last = now;
+		if (now - window >= WINDOW_NS) {
+			if (!err && worker->adaptive && !worker->assisted &&
+			    shift->idle_ns - idle < (now - window) / 8)
+				err = hand_over(worker);
+			window = now;
+			idle = shift->idle_ns;
 		}
-		began = now;
-		packets = worker->decap.counters.traffic.decap_packets;
+		if (err) {
+			fail(worker, err);
+			return NULL;
+		}
 	}
 }
 
-static void *run_assistant(void *arg)
+/* The second thread: the decap side, in adaptive mode while that pays. */
+static void *run_second(void *arg)
 {
 	struct fp_worker *worker = arg;
-	int epoll_fd = epoll_create1(EPOLL_CLOEXEC);
-	struct epoll_event event;
-	eventfd_t calls;
+	struct shift *shift = &worker->shift[1];
+	uint64_t window = now_ns(), idle = 0;
 
-	if (epoll_fd < 0 || watch(epoll_fd, EPOLL_CTL_ADD, worker->assist_fd, EPOLLIN, KEY_DECAP) ||
-	    watch(epoll_fd, EPOLL_CTL_ADD, worker->stop_fd, EPOLLIN, KEY_STOP)) {
-		fail(worker, errno);
-		close_fd(epoll_fd);
-		return NULL;
-	}
 	schedule(worker);
 	for (;;) {
-		int ready;
+		int ready = rest(worker, 1, worker->assisted ? LULL_MS : BEAT_MS);
+		int err = 0;
+		uint64_t now, both;
 
-		beat(worker, 1);
-		ready = epoll_wait(epoll_fd, &event, 1, BEAT_MS);
-		if (ready > 0 && event.data.u64 == KEY_STOP)
-			break;
-		if (eventfd_read(worker->assist_fd, &calls) == 0 && !assist(worker))
-			break;
+		if (ready & READY_STOP)
+			return NULL;
+		if (ready & READY_RECEIVE)
+			decap_turn(&worker->decap, BATCHES_PER_TURN);
+		now = now_ns();
+		if (ready)
+			shift->last = now;
+		if (!worker->adaptive || now - window < LULL_NS)
+			continue;
+		both = idle_ns(&worker->shift[0], now) + shift->idle_ns;
+		if (worker->assisted && both - idle > (now - window) / 5 * 7)
+			err = hand_back(worker);
+		window = now;
+		idle = both;
+		if (err) {
+			fail(worker, err);
+			return NULL;
+		}
 	}
-	close(epoll_fd);
-	return NULL;
 }
 
 /* Let the stop signal end every wait, or take it back. */
 static int watch_stop(struct fp_worker *worker, int operation)
 {
-	if (watch(worker->epoll_fd, operation, worker->stop_fd, EPOLLIN, KEY_STOP) ||
-	    watch(worker->encap.epoll_fd, operation, worker->stop_fd, EPOLLIN, ENCAP_KEY_STOP) ||
-	    watch(worker->decap.epoll_fd, operation, worker->stop_fd, EPOLLIN, DECAP_KEY_STOP))
+	if (watch(worker->encap.epoll_fd, operation, worker->stop_fd, ENCAP_KEY_STOP) ||
+	    watch(worker->receive_set, operation, worker->stop_fd, KEY_STOP))
 		return errno;
 	return 0;
 }
 
 static int start_thread(struct fp_worker *worker, void *(*run)(void *), const char *name)
 {
-	int err = pthread_create(&worker->thread[worker->threads], NULL, run, worker);
+	struct shift *shift = &worker->shift[worker->threads];
+	int err;
 
-	if (!err)
-		pthread_setname_np(worker->thread[worker->threads++], name);
+	shift->turned_ms = now_ns() / 1000000;
+	err = pthread_create(&shift->thread, NULL, run, worker);
+	if (!err) {
+		pthread_setname_np(shift->thread, name);
+		worker->threads++;
+	}
 	return err;
 }
 
@@ -428,15 +416,14 @@ int fp_worker_start(struct fp_worker *worker, int threads, int adaptive)
 	assert(worker->threads == 0 && (threads == 1 || threads == 2));
 	worker->adaptive = threads == 2 && adaptive;
 	err = watch_stop(worker, EPOLL_CTL_ADD);
-	if (err)
-		return err;
-	beat(worker, 0);
-	beat(worker, 1);
+	if (!err && split)
+		err = hand_over(worker);
 	sigfillset(&all);
 	pthread_sigmask(SIG_BLOCK, &all, &before);
-	err = start_thread(worker, split ? run_encap : run_both, split ? "fp-encap" : "fp-both");
+	if (!err)
+		err = start_thread(worker, run_first, split ? "fp-encap" : "fp-both");
 	if (!err && threads == 2)
-		err = start_thread(worker, split ? run_decap : run_assistant, "fp-decap");
+		err = start_thread(worker, run_second, "fp-decap");
 	pthread_sigmask(SIG_SETMASK, &before, NULL);
 	if (err)
 		fp_worker_stop(worker);
@@ -454,23 +441,21 @@ int fp_worker_stop(struct fp_worker *worker)
 
 	eventfd_write(worker->stop_fd, 1);
 	while (worker->threads)
-		pthread_join(worker->thread[--worker->threads], NULL);
+		pthread_join(worker->shift[--worker->threads].thread, NULL);
 	eventfd_read(worker->stop_fd, &signals);
 	watch_stop(worker, EPOLL_CTL_DEL);
-	if (worker->assisted) {
-		worker->assisted = false;
-		watch(worker->epoll_fd, EPOLL_CTL_MOD, worker->decap.epoll_fd, EPOLLIN, KEY_DECAP);
-	}
+	if (worker->assisted)
+		hand_back(worker);
 	return worker->error;
 }
 
 /** fp_worker_silence_ms() - How long ago the thread that hangs longest began its turn; 0 without */
 uint64_t fp_worker_silence_ms(const struct fp_worker *worker)
 {
-	uint64_t now = coarse_ms(), oldest = now;
+	uint64_t now = now_ns() / 1000000, oldest = now;
 
 	for (unsigned int i = 0; i < worker->threads; i++) {
-		uint64_t turned = worker->turned_ms[i];
+		uint64_t turned = worker->shift[i].turned_ms;
 
 		if (turned < oldest)
 			oldest = turned;
