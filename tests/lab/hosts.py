@@ -43,6 +43,7 @@ UNDERLAY_V6 = IPv6Network("fd77::/64")
 CABLE = IPv4Network("192.168.78.0/30")
 SWITCH_ADDRESS = UNDERLAY[1]
 SWITCH_ADDRESS_V6 = UNDERLAY_V6[1]
+SWITCH_MAC = "02:00:00:00:00:01"
 DEADLINE_SECONDS = 30.0
 SUBNET_VARIABLES = {4: "FLANNEL_SUBNET", 6: "FLANNEL_IPV6_SUBNET"}
 MAX_TXN_PUTS = 128  # etcd's own default limit
@@ -234,7 +235,9 @@ class Lab:
     def start_switch(self) -> None:
         """Make the switch; the first step."""
         self._add(self.switch)
-        self.switch.ip("link", "add", "br0", "type", "bridge")
+        # Without a MAC of its own a bridge takes the lowest of its ports': a host that came later
+        # might change it, and nobody would reach the switch until ARP has found out.
+        self.switch.ip("link", "add", "br0", "address", SWITCH_MAC, "type", "bridge")
         self._address(self.switch, "br0", SWITCH_ADDRESS, SWITCH_ADDRESS_V6)
         self.switch.ip("link", "set", "br0", "up")
 
