@@ -24,7 +24,7 @@ soak: setup
 # that measure a time, a rate or a loss run afterwards, one by one.
 test: setup
 	status=0; \
-	$(PYTHON) -m pytest -n 3 --dist loadfile -m "not alone" || status=$$?; \
+	$(PYTHON) -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not alone" || status=$$?; \
 	$(PYTHON) -m pytest -m alone || status=$$?; \
 	exit $$status
 

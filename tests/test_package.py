@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 VERSIONS = range(10, 15)
 # 3.10 and newer with a GIL: the stable ABI of the wheel is theirs.

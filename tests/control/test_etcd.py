@@ -19,6 +19,8 @@ from pyflannel.control.etcd_session import SessionState
 from pyflannel.dataplane.refusal import Refusal
 from tests.lab.etcd import EtcdCluster, etcd_on_loopback
 
+pytestmark = pytest.mark.slow
+
 
 async def collect(etcd: Etcd, key: str, start: int, count: int, *, prefix: bool) -> list[str]:
     """Return the first events of a watch as text."""

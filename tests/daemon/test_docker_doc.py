@@ -24,6 +24,8 @@ from tests.docs.page import blocks
 from tests.lab.machine import ROOT, Machine, check_out, start_machines
 from tests.lab.require import require_program, require_root
 
+pytestmark = pytest.mark.slow
+
 DOC = ROOT / "docs" / "docker.md"
 BUSYBOX = Path("/bin/busybox")
 

@@ -31,6 +31,8 @@ from tests.lab.hosts import (
 from tests.lab.kernel_node import program_kernel_node, start_kernel_node
 from tests.lab.require import require_program, require_root
 
+pytestmark = pytest.mark.slow
+
 ETCD = f"http://{SWITCH_ADDRESS}:{ETCD_PORT}"
 KERNEL_SUBNET = IPv4Network("10.244.200.0/24")
 KERNEL_MAC = "0a:00:00:00:00:03"

@@ -27,6 +27,8 @@ from tests.lab.etcd import EtcdCluster
 from tests.lab.machine import ROOT, Machine, start_machines
 from tests.lab.require import require_program, require_root
 
+pytestmark = pytest.mark.slow
+
 DOCKER = ROOT / "docs" / "docker.md"
 PAGES = sorted({ROOT / "README.md", *(ROOT / "docs").glob("*.md")} - {DOCKER})
 ETCD = "192.0.2.10"

@@ -5,7 +5,11 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from tests.lab.require import require_program
+
+pytestmark = pytest.mark.slow
 
 FOLDER = Path(__file__).parent
 

@@ -9,7 +9,11 @@ from __future__ import annotations
 
 import time
 
+import pytest
+
 from tests.lab.faults import CPU_SHARE, FOLLOW_SECONDS, Cpu, Faults
+
+pytestmark = pytest.mark.slow
 
 
 def test_the_member_in_use_is_killed(faults: Faults) -> None:

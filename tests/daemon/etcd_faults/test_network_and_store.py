@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import threading
 
+import pytest
+
 from tests.lab.etcd import SUBNETS
 from tests.lab.faults import CPU_SHARE, FOLLOW_SECONDS, Cpu, Faults, cut
 from tests.lab.hosts import wait_until
+
+pytestmark = pytest.mark.slow
 
 
 def test_the_nodes_are_cut_off(faults: Faults) -> None:
