@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from pyflannel.dataplane.refusal import Refusal
+from pyflannel.patience import within
 
 log = logging.getLogger(__name__)
 
@@ -104,9 +105,9 @@ class ControlServer:
             if why := _stranger(connection):
                 await _send(connection, {"error": why})
                 return
-            while line := await asyncio.wait_for(lines.next(), IDLE_SECONDS):
+            while line := await within(IDLE_SECONDS, lines.next()):
                 answer = await self._answer(line, connection)
-                await asyncio.wait_for(_send(connection, answer), SEND_SECONDS)
+                await within(SEND_SECONDS, _send(connection, answer))
                 if not line.endswith(b"\n"):
                     return
 

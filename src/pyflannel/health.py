@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Mapping
 
 from pyflannel.dataplane.inheritance import Inheritance
 from pyflannel.dataplane.refusal import Refusal
+from pyflannel.patience import within
 
 log = logging.getLogger(__name__)
 
@@ -124,7 +125,7 @@ class HealthServer:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            request = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), REQUEST_SECONDS)
+            request = await within(REQUEST_SECONDS, reader.readuntil(b"\r\n\r\n"))
             words = request.split(b"\r\n", 1)[0].split(b" ")
             status, kind, body = (
                 await self._answer(words[0], words[1])
@@ -136,7 +137,7 @@ class HealthServer:
                 "Connection: close\r\n\r\n".encode()
                 + body
             )
-            await asyncio.wait_for(writer.drain(), REQUEST_SECONDS)
+            await within(REQUEST_SECONDS, writer.drain())
         except (OSError, EOFError, asyncio.LimitOverrunError, asyncio.TimeoutError):
             log.debug("a health request ended early")
         finally:

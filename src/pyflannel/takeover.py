@@ -38,6 +38,7 @@ from pyflannel.dataplane.offload import NO_OFFLOAD, Offload, parse_offload
 from pyflannel.dataplane.refusal import Refusal
 from pyflannel.node import Node
 from pyflannel.notify import notify
+from pyflannel.patience import within
 
 log = logging.getLogger(__name__)
 
@@ -274,7 +275,7 @@ async def _expect(connection: socket.socket, word: bytes, seconds: float) -> Non
     said = b""
     try:
         while said != word:
-            received = await asyncio.wait_for(loop.sock_recv(connection, len(word)), seconds)
+            received = await within(seconds, loop.sock_recv(connection, len(word)))
             if not received:
                 raise Refusal("the successor ended before it was through: this process goes on")
             said += received
