@@ -215,12 +215,18 @@ def test_packets_queue_while_a_supervisor_restarts_the_daemon(nodes: Lab, number
         assert (count.duplicate, count.reordered) == (0, 0)
 
 
-def test_gap_of_a_restart_without_supervisor(nodes: Lab) -> None:
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_gap_of_a_restart_without_kept_descriptors(nodes: Lab, number: int) -> None:
+    """Nothing of the node is lost but the packets of this time; README says how long it is."""
     host = nodes.hosts[0]
     before = _state(nodes, host)
     with flows(nodes, FEW_PER_SECOND) as counts:
         index = next(i for i, x in enumerate(host.processes) if x.poll() is None)
-        host.stop(index)
+        host.stop(index, number)
+        # Linux calls the routes of a TUN that nobody serves linkdown, and keeps them.
+        assert "NO-CARRIER" in host.ip("link", "show", "flannel.1")
+        routes = host.ip("route", "show", "dev", "flannel.1").splitlines()
+        assert routes and all("linkdown" in line for line in routes)
         nodes.start_daemon(host, *_flags(host))
     assert _state(nodes, host) == before
     for count in counts:
