@@ -44,6 +44,7 @@ CABLE = IPv4Network("192.168.78.0/30")
 SWITCH_ADDRESS = UNDERLAY[1]
 SWITCH_ADDRESS_V6 = UNDERLAY_V6[1]
 SWITCH_MAC = "02:00:00:00:00:01"
+LEASES_BASE, UNREACHED_BASE = IPv4Address("10.16.0.0"), IPv4Address("198.18.0.1")
 DEADLINE_SECONDS = 30.0
 SUBNET_VARIABLES = {4: "FLANNEL_SUBNET", 6: "FLANNEL_IPV6_SUBNET"}
 MAX_TXN_PUTS = 128  # etcd's own default limit
@@ -402,11 +403,11 @@ class Lab:
         """Put leases of nodes that do not exist, 10.16.0.0/24 and so on."""
         puts = []
         for number in range(count):
-            subnet = IPv4Address("10.16.0.0") + 256 * number
+            subnet = LEASES_BASE + 256 * number
             data = {"VNI": 1, "VtepMAC": f"0a:01:00:{number >> 16:02x}:{number >> 8 & 255:02x}:"
                     f"{number & 255:02x}"}  # fmt: skip
             value = {
-                "PublicIP": str(IPv4Address("198.18.0.1") + number),
+                "PublicIP": str(UNREACHED_BASE + number),
                 "PublicIPv6": None,
                 "BackendType": "vxlan",
                 "BackendData": data,
