@@ -270,17 +270,18 @@ static int rest(struct fp_worker *worker, unsigned int thread, int timeout_ms)
 	if (!ready)
 		ready = thread ? receive_wait(worker, timeout_ms)
 			       : encap_wait(&worker->encap, timeout_ms);
+	/* In this order, so that no wait counts twice for who reads both. */
+	atomic_store_explicit(&shift->waiting_since, 0, memory_order_release);
 	atomic_store_explicit(&shift->idle_ns, shift->idle_ns + now_ns() - began,
-			      memory_order_relaxed);
-	atomic_store_explicit(&shift->waiting_since, 0, memory_order_relaxed);
+			      memory_order_release);
 	return ready;
 }
 
 /* How long a thread has waited for work since it began. */
 static uint64_t idle_ns(const struct shift *shift, uint64_t now)
 {
-	uint64_t since = atomic_load_explicit(&shift->waiting_since, memory_order_relaxed);
-	uint64_t idle = atomic_load_explicit(&shift->idle_ns, memory_order_relaxed);
+	uint64_t idle = atomic_load_explicit(&shift->idle_ns, memory_order_acquire);
+	uint64_t since = atomic_load_explicit(&shift->waiting_since, memory_order_acquire);
 
 	return idle + (since && since < now ? now - since : 0);
 }
@@ -349,7 +350,8 @@ static void *run_second(void *arg)
 
 	schedule(worker);
 	for (;;) {
-		int ready = rest(worker, 1, worker->assisted ? LULL_MS : BEAT_MS);
+		bool called = worker->assisted;
+		int ready = rest(worker, 1, called ? LULL_MS : BEAT_MS);
 		int err = 0;
 		uint64_t now, both;
 
@@ -360,10 +362,10 @@ static void *run_second(void *arg)
 		now = now_ns();
 		if (ready)
 			shift->last = now;
-		if (!worker->adaptive || now - window < LULL_NS)
+		if (!worker->adaptive || (called && now - window < LULL_NS))
 			continue;
 		both = idle_ns(&worker->shift[0], now) + shift->idle_ns;
-		if (worker->assisted && both - idle > (now - window) / 5 * 7)
+		if (called && both - idle > (now - window) / 5 * 7)
 			err = hand_back(worker);
 		window = now;
 		idle = both;
