@@ -32,6 +32,8 @@ def faults() -> Iterator[Faults]:
             source, target = (made.add_container(host) for host in faults.nodes)
             target.start(sys.executable, STREAM, "echo", "7", log=made.folder / "echo.log")
             wait_until(lambda: ping(source, container_address(faults.nodes[1])), "a ping")
+            # What is sent to a port that nobody has comes back as an error and ends the stream.
+            wait_until(lambda: bool(target.exec("ss", "-Hlun", "sport = :7")), "the echo listens")
             yield faults
         finally:
             for host in made.hosts[:2]:
