@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from bench import report
 from bench.cases import CASES, missing_congestion
 from bench.counters import read_counters
 from bench.machine import describe, end_on_sigterm, wait_for_quiet
+from bench.program import run_program, say
 from bench.records import Record, Run
 from bench.suites import QUICK, SUITES, Suite
 from bench.transfer import transfer_is_intact
@@ -33,11 +33,6 @@ from tests.lab.hosts import UNDERLAYS
 ATTEMPTS = 3
 TRANSFER_MEGABYTES = 32
 RESULTS = Path(__file__).parent / "results"
-
-
-def say(text: str) -> None:
-    """Print at once, also into a pipe."""
-    print(text, flush=True)
 
 
 def arguments() -> argparse.Namespace:
@@ -214,8 +209,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        say("\ninterrupted; everything that was started is stopped and removed")
-        sys.exit(130)
+    run_program(main)

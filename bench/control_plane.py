@@ -30,6 +30,7 @@ from pathlib import Path
 from statistics import median, quantiles
 
 from bench.machine import TICKS, describe, end_on_sigterm, wait_for_quiet
+from bench.program import run_program, say
 from tests.lab.hosts import PREFIX, Lab, lab, ping, wait_until
 from tests.lab.kernel_node import program_kernel_node, start_kernel_node
 
@@ -45,11 +46,6 @@ PING_SECONDS = 0.002
 PROBE_SECONDS = 0.05
 SETTLE_SECONDS = 3.0
 DESIGN_STEPS = 2000
-
-
-def say(text: str) -> None:
-    """Print at once, also into a pipe."""
-    print(text, flush=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,8 +302,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        say("\ninterrupted; everything that was started is stopped and removed")
-        sys.exit(130)
+    run_program(main)

@@ -8,10 +8,10 @@ vxlan device (VNI 99, port 4790) between two of the hosts, measured in turns wit
 from __future__ import annotations
 
 import json
-import sys
 from ipaddress import IPv4Address, IPv4Network
 from statistics import median
 
+from bench.program import run_program, say
 from tests.lab.hosts import (
     Host,
     Lab,
@@ -32,11 +32,6 @@ CASES = (
     ("TCP, 1 stream, reverse", ("-P", "1", "-R")),
     ("TCP, 4 streams", ("-P", "4")),
 )
-
-
-def say(text: str) -> None:
-    """Print at once, also into a pipe."""
-    print(text, flush=True)
 
 
 def start_nodes(made: Lab, kernel: bool) -> None:
@@ -139,8 +134,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        say("\ninterrupted; everything that was started is stopped and removed")
-        sys.exit(130)
+    run_program(main)

@@ -23,6 +23,7 @@ from itertools import count
 from bench.cases import UDP_LOAD
 from bench.counters import read_counters
 from bench.machine import end_on_sigterm
+from bench.program import say
 from bench.transfer import CHUNK, transfer_is_intact
 from bench.variants import Stack, build, compile_tools, parse_variant
 
@@ -135,10 +136,6 @@ def run(packets: int, say: Callable[[str], None]) -> Progress:
 
 def main() -> int:
     """Run with the number of packets from the command line."""
-
-    def say(text: str) -> None:
-        print(text, flush=True)
-
     end_on_sigterm()
     try:
         say(f"done: {run(int(sys.argv[1]), say)}")
