@@ -12,7 +12,7 @@ from pathlib import Path
 from cffi import FFI
 
 FOLDER = "src/pyflannel/dataplane"
-C_FILES = ("check", "checksum", "decap", "encap", "fib", "flow", "gro", "gso", "worker")
+C_FILES = ("check", "checksum", "decap", "encap", "fib", "flow", "gro", "gso", "send", "worker")
 
 ffibuilder = FFI()
 ffibuilder.cdef((Path(FOLDER) / "_fastpath_abi.h").read_text(encoding="ascii"))

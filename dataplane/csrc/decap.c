@@ -216,6 +216,13 @@ static bool is_super_packet(const uint8_t *message, size_t length, size_t segmen
 	return sizeof(*push) + inner > segment;
 }
 
+/* Make a message ready to be received into; the kernel changes these fields of those it fills. */
+static void make_room(struct receive *receive, struct msghdr *header)
+{
+	header->msg_namelen = sizeof(receive->from);
+	header->msg_controllen = sizeof(receive->control);
+}
+
 static void take_message(struct decap_side *side, struct receive *receive, struct mmsghdr *message)
 {
 	struct outer outer = outer_of(receive, &message->msg_hdr);
@@ -236,21 +243,15 @@ static void take_message(struct decap_side *side, struct receive *receive, struc
 		datagram += length;
 		left -= length;
 	} while (left);
+	make_room(receive, &message->msg_hdr);
 }
 
 /* Move what one recvmmsg() brings. Return: datagrams, 0 when there is none */
 static int decap_batch(struct decap_side *side)
 {
 	size_t bytes = 0;
-	int received;
+	int received = recvmmsg(side->receive_fd, side->message, side->slots, MSG_DONTWAIT, NULL);
 
-	for (unsigned int i = 0; i < side->slots; i++) {
-		struct receive *receive = &side->receive[i];
-
-		side->message[i].msg_hdr.msg_namelen = sizeof(receive->from);
-		side->message[i].msg_hdr.msg_controllen = sizeof(receive->control);
-	}
-	received = recvmmsg(side->receive_fd, side->message, side->slots, MSG_DONTWAIT, NULL);
 	if (received <= 0)
 		return 0;
 	side->received_ms = coarse_ms();
@@ -320,6 +321,7 @@ int decap_open(struct decap_side *side, struct fp_ctx *ctx, const struct fp_io *
 			.msg_iovlen = 1,
 			.msg_control = &receive->control,
 		};
+		make_room(receive, &side->message[i].msg_hdr);
 	}
 	fib_reader_add(ctx->fib, &side->reader);
 	side->registered = true;

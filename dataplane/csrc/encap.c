@@ -3,31 +3,29 @@
  * DOC: From the TUN to the wire
  *
  * A batch reads BATCH_BYTES or READS_PER_BATCH packets from one TUN queue into an arena, gives each
- *the 22 bytes that encapsulation pushes, and sends. Packets stand in the arena one behind the
- *other:
+ * the 22 bytes that encapsulation pushes, and sends (csrc/send.c). Packets stand in the arena one
+ * behind the other:
  *
  *	| push | packet | push | packet | push | first segment | push | next segment | ...
  *
- * so that datagrams of one size and one peer are one stretch of memory, and one message with
- *UDP_SEGMENT carries up to 64 of them. A super-packet is read straight into that form: readv() is
- *told to leave a gap where the push and the headers of each segment will be, at the places that the
- *last super-packet of the queue had. When the guess was wrong the payload is moved once.
+ * so that datagrams of one size and one peer are one stretch of memory. A super-packet is read
+ * straight into that form: readv() is told to leave a gap where the push and the headers of each
+ * segment will be, at the places that the last super-packet of the queue had. When the guess was
+ * wrong the payload is moved once.
  *
  * Of several ready queues the one that was served longest ago is next. A queue whose flows send
- *seldom so never waits for more than one batch of the others.
+ * seldom so never waits for more than one batch of the others.
  *
  * When a socket's send buffer is full, the batch stays where it is, nothing is read and the side
- *waits for that socket: the queue is then the TUN's. A flow always has the same socket, and a
- *socket's messages are sent in the order in which their first packets were read, each flow's
- *packets in order.
+ * waits for that socket: the queue is then the TUN's.
  */
 #define _GNU_SOURCE
 #include "encap.h"
 
 #include <errno.h>
 #include <math.h>
-#include <netinet/udp.h>
 #include <stdlib.h>
+#include <sys/epoll.h>
 #include <sys/mman.h>
 #include <sys/uio.h>
 #include <unistd.h>
@@ -40,9 +38,6 @@
 #define READS_PER_BATCH 64
 /* Of one read: a full packet in segments of the smallest MSS that Linux sends (48) makes 22. */
 #define SENDS_PER_READ 24
-/* UDP_MAX_SEGMENTS of kernels before 6.9, and the longest UDP payload over IPv4. */
-#define DATAGRAMS_PER_SEND 64
-#define SEND_BYTES 65507
 /* Segments that one readv() puts in their places; what is behind them comes in one piece. */
 #define READ_SEGMENTS 64
 /* Below this the headers could be cut by a guess, and many pieces are slower than moving the
@@ -50,379 +45,13 @@
 #define GUESS_SIZE_MIN GSO_HEADERS_MAX
 /* Packets without segmentation after which no super-packet is expected any more. */
 #define GUESS_MISSES 8
-#define MESSAGES 128
 /* How long a queue may stand, and the time between the first two marks. */
 #define TARGET_NS (1000 * 1000)
 #define INTERVAL_NS (10 * 1000 * 1000)
-/* Messages to a peer that refused a segmented one, before the next is tried. */
-#define UNSEGMENTED_MESSAGES 4096
-#define PUSH sizeof(struct vxlan_push)
 
 static void drop(struct encap_side *side, int reason, size_t packets)
 {
 	count_up(&side->counters.drops[reason], packets);
-}
-
-/* Return: the drop reason for a failed send */
-static int send_drop(int err)
-{
-	switch (err) {
-	case ENETUNREACH:
-	case EHOSTUNREACH:
-	case ENETDOWN:
-	case ENODEV:
-	case EADDRNOTAVAIL:
-		return FP_DROP_SEND_UNREACHABLE;
-	case EPERM:
-	case EACCES:
-		return FP_DROP_SEND_DENIED;
-	case EMSGSIZE:
-		return FP_DROP_SEND_SIZE;
-	case ENOBUFS:
-	case ENOMEM:
-		return FP_DROP_SEND_BUFFER;
-	default:
-		return FP_DROP_SEND_ERROR;
-	}
-}
-
-static socklen_t underlay_sockaddr(const struct fib_entry *peer, struct sockaddr_storage *to)
-{
-	if (inet_is_ipv4(&peer->underlay)) {
-		struct sockaddr_in *in = (struct sockaddr_in *)to;
-
-		*in = (struct sockaddr_in) { .sin_family = AF_INET, .sin_port = htons(peer->port) };
-		memcpy(&in->sin_addr, peer->underlay.octet + 12, 4);
-		return sizeof(*in);
-	} else {
-		struct sockaddr_in6 *in6 = (struct sockaddr_in6 *)to;
-
-		*in6 = (struct sockaddr_in6) { .sin6_family = AF_INET6,
-					       .sin6_port = htons(peer->port) };
-		memcpy(&in6->sin6_addr, &peer->underlay, 16);
-		return sizeof(*in6);
-	}
-}
-
-static void set_blocked(struct encap_side *side, unsigned int index, bool blocked)
-{
-	struct send_socket *socket = &side->socket[index];
-	struct epoll_event event = { .events = EPOLLOUT, .data.u64 = ENCAP_KEY_SOCKET + index };
-
-	if (socket->blocked == blocked)
-		return;
-	socket->blocked = blocked;
-	if (blocked) {
-		epoll_ctl(side->epoll_fd, EPOLL_CTL_ADD, socket->fd, &event);
-		count_up(&side->counters.sends_blocked, 1);
-		side->blocked++;
-	} else {
-		epoll_ctl(side->epoll_fd, EPOLL_CTL_DEL, socket->fd, &event);
-		side->blocked--;
-	}
-	/* Nothing can be read meanwhile: the queues must not keep the epoll set ready. */
-	for (unsigned int i = 0; i < side->queues && side->blocked == (blocked ? 1u : 0u); i++) {
-		struct epoll_event queue = { .events = blocked ? 0 : EPOLLIN, .data.u64 = i };
-
-		epoll_ctl(side->epoll_fd, EPOLL_CTL_MOD, side->queue[i].fd, &queue);
-	}
-}
-
-/* What sendmsg() needs besides the message: control data. */
-struct send_control {
-	union {
-		char bytes[CMSG_SPACE(sizeof(int)) + CMSG_SPACE(sizeof(uint16_t))];
-		struct cmsghdr align;
-	};
-};
-
-static void add_control(struct msghdr *header, int level, int type, const void *value,
-			size_t length)
-{
-	struct cmsghdr *control =
-		(struct cmsghdr *)((char *)header->msg_control + header->msg_controllen);
-
-	control->cmsg_level = level;
-	control->cmsg_type = type;
-	control->cmsg_len = CMSG_LEN(length);
-	memcpy(CMSG_DATA(control), value, length);
-	header->msg_controllen += CMSG_SPACE(length);
-}
-
-static struct msghdr message_of(const struct send *send, struct iovec *iov, size_t pieces,
-				struct send_control *control, bool segmented)
-{
-	struct msghdr header = {
-		.msg_name = (void *)&send->to,
-		.msg_namelen = send->to_length,
-		.msg_iov = iov,
-		.msg_iovlen = pieces,
-		.msg_control = control,
-	};
-	bool ipv4 = send->to.ss_family == AF_INET;
-	uint16_t size = (uint16_t)send->size;
-	int tos = send->tos;
-
-	if (tos)
-		add_control(&header, ipv4 ? IPPROTO_IP : IPPROTO_IPV6, ipv4 ? IP_TOS : IPV6_TCLASS,
-			    &tos, sizeof(tos));
-	if (segmented)
-		add_control(&header, SOL_UDP, UDP_SEGMENT, &size, sizeof(size));
-	if (!header.msg_controllen)
-		header.msg_control = NULL;
-	return header;
-}
-
-/* What one sendmmsg() is given. */
-struct outgoing {
-	unsigned int count;
-	unsigned int pieces;
-	struct mmsghdr message[MESSAGES];
-	struct send_control control[MESSAGES];
-	struct iovec iov[MESSAGES + PIECES];
-};
-
-static void add_message(struct outgoing *out, const struct send *send, unsigned int first,
-			bool segmented)
-{
-	out->message[out->count].msg_hdr = message_of(send, out->iov + first, out->pieces - first,
-						      &out->control[out->count], segmented);
-	out->count++;
-}
-
-/* The datagrams of a split send that are not out yet, a message each. */
-static void add_split(const struct encap_side *side, const struct send *send, struct outgoing *out)
-{
-	unsigned int skip = send->sent;
-
-	for (int i = send->first; i >= 0; i = side->piece[i].next) {
-		const struct piece *piece = &side->piece[i];
-
-		for (size_t at = 0; at < piece->length; at += send->size) {
-			size_t left = piece->length - at;
-
-			if (skip) {
-				skip--;
-				continue;
-			}
-			if (out->count == MESSAGES)
-				return;
-			out->iov[out->pieces++] =
-				(struct iovec) { piece->start + at,
-						 left < send->size ? left : send->size };
-			add_message(out, send, out->pieces - 1, false);
-		}
-	}
-}
-
-static void gather(const struct encap_side *side, const struct send_socket *socket,
-		   struct outgoing *out)
-{
-	out->count = out->pieces = 0;
-	for (int i = socket->first; i >= 0 && out->count < MESSAGES; i = side->send[i].next) {
-		const struct send *send = &side->send[i];
-		unsigned int first = out->pieces;
-
-		if (send->split) {
-			add_split(side, send, out);
-			continue;
-		}
-		for (int p = send->first; p >= 0; p = side->piece[p].next)
-			out->iov[out->pieces++] =
-				(struct iovec) { side->piece[p].start, side->piece[p].length };
-		add_message(out, send, first, send->datagrams > 1);
-	}
-}
-
-/* The first message of @socket is out, or dropped. Return: its datagrams */
-static unsigned int advance(struct encap_side *side, struct send_socket *socket)
-{
-	struct send *send = &side->send[socket->first];
-	unsigned int datagrams = send->split ? 1 : send->datagrams;
-
-	send->sent += datagrams;
-	if (send->sent == send->datagrams)
-		socket->first = send->next;
-	return datagrams;
-}
-
-/*
- * The first message of @socket was refused. EMSGSIZE and EINVAL: a segment is larger than what the
- * route or device to this peer takes; EIO: the device computes no checksums and the kernel does not
- * help (before 6.2). Then its datagrams go one by one, as do the next ones to this peer; all else
- * is a drop.
- */
-static void refused(struct encap_side *side, struct send_socket *socket, int err)
-{
-	struct send *send = &side->send[socket->first];
-
-	if (!send->split && send->datagrams > 1 &&
-	    (err == EMSGSIZE || err == EINVAL || err == EIO)) {
-		send->split = true;
-		count_up(&side->counters.sends_unsegmented, 1);
-		if (send->peer)
-			atomic_store_explicit(&send->peer->traffic->unsegmented,
-					      UNSEGMENTED_MESSAGES, memory_order_relaxed);
-		return;
-	}
-	drop(side, send_drop(err), advance(side, socket));
-}
-
-/* Send what a socket has, until it is through or has no room. */
-static void flush_socket(struct encap_side *side, unsigned int index)
-{
-	struct send_socket *socket = &side->socket[index];
-	struct fp_traffic *total = &side->counters.traffic;
-	struct outgoing out;
-
-	while (socket->first >= 0) {
-		int sent;
-
-		gather(side, socket, &out);
-		if (out.count == 1)
-			sent = sendmsg(socket->fd, &out.message[0].msg_hdr, MSG_DONTWAIT) < 0 ? -1
-											      : 1;
-		else
-			sent = sendmmsg(socket->fd, out.message, out.count, MSG_DONTWAIT);
-		if (sent < 0 && errno == EINTR)
-			continue;
-		if (sent < 0 && errno == EAGAIN) {
-			set_blocked(side, index, true);
-			return;
-		}
-		if (sent < 0) {
-			refused(side, socket, errno);
-			continue;
-		}
-		count_up(&side->counters.sends, (uint64_t)sent);
-		for (int i = 0; i < sent; i++) {
-			const struct iovec *iov = out.message[i].msg_hdr.msg_iov;
-			unsigned int datagrams = advance(side, socket);
-
-			count_up(&total->encap_packets, datagrams);
-			for (size_t p = 0; p < out.message[i].msg_hdr.msg_iovlen; p++)
-				count_up(&total->encap_bytes, iov[p].iov_len);
-			count_up(&total->encap_bytes, -(uint64_t)(datagrams * PUSH));
-		}
-	}
-	socket->last = -1;
-	set_blocked(side, index, false);
-}
-
-/* Send all of the batch. Return: whether everything is out */
-static bool flush(struct encap_side *side)
-{
-	for (unsigned int i = 0; i < side->sockets; i++) {
-		if (side->socket[i].first >= 0)
-			flush_socket(side, i);
-	}
-	if (side->blocked)
-		return false;
-	side->used = 0;
-	side->pieces = side->sends = 0;
-	return true;
-}
-
-/* Whether datagrams to this peer go one by one for now. */
-static bool is_unsegmented(const struct encap_side *side, struct fib_traffic *traffic)
-{
-	unsigned int left = atomic_load_explicit(&traffic->unsegmented, memory_order_relaxed);
-
-	if (left)
-		atomic_store_explicit(&traffic->unsegmented, left - 1, memory_order_relaxed);
-	return left || !side->segment;
-}
-
-/*
- * The message on @socket that @datagrams of @size bytes may join, or NULL. Nothing may overtake
- * them later, so one that they cannot join is closed.
- */
-static struct send *open_send(struct encap_side *side, const struct send_socket *socket,
-			      const struct encap *encap, size_t datagrams, size_t size)
-{
-	for (int i = socket->first; i >= 0; i = side->send[i].next) {
-		struct send *send = &side->send[i];
-
-		if (send->peer != encap->peer || send->closed)
-			continue;
-		/* Only the last datagram of a message may be shorter. */
-		if ((size == send->size || (datagrams == 1 && size < send->size)) &&
-		    send->tos == encap->outer_tos)
-			return send;
-		send->closed = true;
-	}
-	return NULL;
-}
-
-static struct send *new_send(struct encap_side *side, struct send_socket *socket,
-			     const struct encap *encap, size_t size)
-{
-	int index = (int)side->sends++;
-	struct send *send = &side->send[index];
-
-	*send = (struct send) {
-		.peer = encap->peer,
-		.tos = encap->outer_tos,
-		.size = size,
-		.most = SEND_BYTES / size < DATAGRAMS_PER_SEND ? (unsigned int)(SEND_BYTES / size)
-							       : DATAGRAMS_PER_SEND,
-		.split = is_unsegmented(side, encap->peer->traffic),
-		.first = -1,
-		.last = -1,
-		.next = -1,
-	};
-	send->to_length = underlay_sockaddr(encap->peer, &send->to);
-	if (socket->first < 0)
-		socket->first = index;
-	else
-		side->send[socket->last].next = index;
-	socket->last = index;
-	return send;
-}
-
-static void add_piece(struct encap_side *side, struct send *send, uint8_t *start, size_t length)
-{
-	struct piece *last = send->last >= 0 ? &side->piece[send->last] : NULL;
-
-	if (last && last->start + last->length == start) {
-		last->length += length;
-		return;
-	}
-	side->piece[side->pieces] = (struct piece) { start, length, -1 };
-	if (last)
-		last->next = (int)side->pieces;
-	else
-		send->first = (int)side->pieces;
-	send->last = (int)side->pieces++;
-}
-
-/* Put @datagrams that lie at @start, each of @size bytes but the last, on the way. */
-static void enqueue(struct encap_side *side, const struct encap *encap, uint8_t *start,
-		    size_t datagrams, size_t length, size_t size)
-{
-	struct send_socket *socket = &side->socket[encap->flow.hash % side->sockets];
-	struct fib_traffic *traffic = encap->peer->traffic;
-
-	traffic_add(&traffic->encap_packets, datagrams);
-	traffic_add(&traffic->encap_bytes, length - datagrams * PUSH);
-	while (datagrams) {
-		size_t one = datagrams == 1 ? length : size;
-		struct send *send = open_send(side, socket, encap, datagrams, one);
-		size_t count, bytes;
-
-		if (!send)
-			send = new_send(side, socket, encap, one);
-		count = send->most - send->datagrams;
-		if (count > datagrams)
-			count = datagrams;
-		bytes = count == datagrams ? length : count * size;
-		add_piece(side, send, start, bytes);
-		send->datagrams += (unsigned int)count;
-		send->closed = send->datagrams == send->most || bytes != count * send->size;
-		start += bytes;
-		datagrams -= count;
-		length -= bytes;
-	}
 }
 
 /* Read a packet to @at, a super-packet's payloads where the queue's guess says they will be needed.
@@ -566,7 +195,8 @@ static ssize_t take_packet(struct encap_side *side, struct tun_queue *queue, siz
 		memcpy(datagram + i * stride, &encap.peer->push, PUSH);
 	*packets += gso.segments - 1;
 	side->used += total;
-	enqueue(side, &encap, datagram, gso.segments, total, gso.segments > 1 ? stride : total);
+	sender_add(&side->sender, &encap, datagram, gso.segments, total,
+		   gso.segments > 1 ? stride : total);
 	return got;
 }
 
@@ -581,6 +211,36 @@ static void note_standing(struct tun_queue *queue, bool empty, uint64_t now)
 	}
 }
 
+/* Nothing can be read while a socket waits: the queues must not keep the epoll set ready. */
+static void watch_queues(struct encap_side *side)
+{
+	bool mute = side->sender.blocked;
+
+	for (unsigned int i = 0; i < side->queues && side->muted != mute; i++) {
+		struct epoll_event event = { .events = mute ? 0 : EPOLLIN, .data.u64 = i };
+
+		epoll_ctl(side->epoll_fd, EPOLL_CTL_MOD, side->queue[i].fd, &event);
+	}
+	side->muted = mute;
+}
+
+static void flush_socket(struct encap_side *side, uint64_t key)
+{
+	sender_flush_socket(&side->sender, (unsigned int)(key - ENCAP_KEY_SOCKET));
+	watch_queues(side);
+}
+
+/* Send all of the batch. Return: whether everything is out */
+static bool flush(struct encap_side *side)
+{
+	bool sent = sender_flush(&side->sender);
+
+	watch_queues(side);
+	if (sent)
+		side->used = 0;
+	return sent;
+}
+
 /* Move a batch of one queue. Return: packets, or -errno */
 static int encap_batch(struct encap_side *side, struct tun_queue *queue)
 {
@@ -591,17 +251,15 @@ static int encap_batch(struct encap_side *side, struct tun_queue *queue)
 	side->now = now_ns();
 	fib_enter(side->ctx->fib, &side->reader);
 	for (unsigned int i = 0; i < READS_PER_BATCH && side->used < BATCH_BYTES &&
-				 side->sends <= SENDS - SENDS_PER_READ;
+				 side->sender.sends <= SENDS - SENDS_PER_READ;
 	     i++) {
 		got = take_packet(side, queue, &packets);
 		if (got <= 0)
 			break;
 	}
 	note_standing(queue, got == 0, side->now);
-	if (!flush(side)) {
-		for (unsigned int i = 0; i < side->sends; i++)
-			side->send[i].peer = NULL;
-	}
+	if (!flush(side))
+		sender_forget_peers(&side->sender);
 	fib_leave(&side->reader);
 	return got < 0 && !packets ? (int)got : (int)packets;
 }
@@ -629,7 +287,7 @@ int encap_wait(struct encap_side *side, int timeout_ms)
 		} else if (key == ENCAP_KEY_RECEIVE) {
 			ready |= READY_RECEIVE;
 		} else if (key >= ENCAP_KEY_SOCKET) {
-			flush_socket(side, (unsigned int)(key - ENCAP_KEY_SOCKET));
+			flush_socket(side, key);
 			ready |= READY_ENCAP;
 		} else {
 			/* tun_chr_poll() reports an error only when the device is gone. */
@@ -651,7 +309,7 @@ int encap_wait(struct encap_side *side, int timeout_ms)
  */
 int encap_turn(struct encap_side *side)
 {
-	if (side->blocked || (side->sends && !flush(side)) || !side->next)
+	if (side->sender.blocked || (side->sender.sends && !flush(side)) || !side->next)
 		return 0;
 	return encap_batch(side, side->next);
 }
@@ -663,14 +321,11 @@ int encap_turn(struct encap_side *side)
  */
 int encap_open(struct encap_side *side, struct fp_ctx *ctx, const struct fp_io *io)
 {
-	if (io->send_count < 1 || io->send_count > SEND_SOCKETS_MAX || io->tun_count < 1 ||
-	    io->tun_count > TUN_QUEUES_MAX)
+	int err;
+
+	if (io->tun_count < 1 || io->tun_count > TUN_QUEUES_MAX)
 		return EINVAL;
 	side->ctx = ctx;
-	side->segment = io->segment;
-	side->sockets = (unsigned int)io->send_count;
-	for (unsigned int i = 0; i < side->sockets; i++)
-		side->socket[i] = (struct send_socket) { io->send[i], -1, -1, false };
 	side->queues = (unsigned int)io->tun_count;
 	side->arena =
 		mmap(NULL, ARENA_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -681,6 +336,9 @@ int encap_open(struct encap_side *side, struct fp_ctx *ctx, const struct fp_io *
 	side->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
 	if (side->epoll_fd < 0)
 		return errno;
+	err = sender_open(&side->sender, io, side->epoll_fd, ENCAP_KEY_SOCKET, &side->counters);
+	if (err)
+		return err;
 	for (unsigned int i = 0; i < side->queues; i++) {
 		struct epoll_event event = { .events = EPOLLIN, .data.u64 = i };
 
@@ -711,7 +369,7 @@ void encap_close(struct encap_side *side)
  */
 void encap_drain(struct encap_side *side, int timeout_ms)
 {
-	while (side->blocked) {
+	while (side->sender.blocked) {
 		struct epoll_event event[SEND_SOCKETS_MAX];
 		int ready = epoll_wait(side->epoll_fd, event, SEND_SOCKETS_MAX, timeout_ms);
 
@@ -721,7 +379,7 @@ void encap_drain(struct encap_side *side, int timeout_ms)
 			if (event[i].data.u64 < ENCAP_KEY_SOCKET ||
 			    event[i].data.u64 >= ENCAP_KEY_STOP)
 				return;
-			flush_socket(side, (unsigned int)(event[i].data.u64 - ENCAP_KEY_SOCKET));
+			flush_socket(side, event[i].data.u64);
 		}
 	}
 	flush(side);

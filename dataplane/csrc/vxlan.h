@@ -25,7 +25,8 @@ struct vxlan_push {
 	struct vxlan_header vxlan;
 	struct eth_header eth;
 };
-static_assert(sizeof(struct vxlan_push) == 22, "VXLAN and inner Ethernet header");
+#define PUSH sizeof(struct vxlan_push)
+static_assert(PUSH == 22, "VXLAN and inner Ethernet header");
 
 static inline uint32_t vxlan_vni(const struct vxlan_header *header)
 {

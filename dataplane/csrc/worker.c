@@ -23,6 +23,7 @@
 #include <sched.h>
 #include <signal.h>
 #include <stdlib.h>
+#include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <sys/resource.h>
 #include <unistd.h>
@@ -135,7 +136,7 @@ void fp_worker_free(struct fp_worker *worker)
 	struct fp_ctx *ctx = worker->ctx;
 
 	assert(worker->threads == 0);
-	if (worker->encap.blocked)
+	if (worker->encap.sender.blocked)
 		encap_drain(&worker->encap, DRAIN_MS);
 	pthread_mutex_lock(&ctx->lock);
 	for (struct fp_worker **link = &ctx->workers; *link; link = &(*link)->next) {

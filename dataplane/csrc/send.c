@@ -1,0 +1,421 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * DOC: Messages to the peers
+ *
+ * Datagrams of one size for one peer go out as one message with UDP_SEGMENT, up to 64 of them; all
+ * messages of a batch go out with one sendmmsg() for each socket.
+ *
+ * A flow always has the same socket, and a socket's messages are sent in the order in which their
+ * first packets were added, each flow's packets in order. When a socket's send buffer is full, what
+ * it holds stays here until epoll says that there is room.
+ */
+#define _GNU_SOURCE
+#include "send.h"
+
+#include <errno.h>
+#include <netinet/in.h>
+#include <netinet/udp.h>
+#include <sys/epoll.h>
+
+#define MESSAGES 128
+/* Messages to a peer that refused a segmented one, before the next is tried. */
+#define UNSEGMENTED_MESSAGES 4096
+
+/* Return: the drop reason for a failed send */
+static int send_drop(int err)
+{
+	switch (err) {
+	case ENETUNREACH:
+	case EHOSTUNREACH:
+	case ENETDOWN:
+	case ENODEV:
+	case EADDRNOTAVAIL:
+		return FP_DROP_SEND_UNREACHABLE;
+	case EPERM:
+	case EACCES:
+		return FP_DROP_SEND_DENIED;
+	case EMSGSIZE:
+		return FP_DROP_SEND_SIZE;
+	case ENOBUFS:
+	case ENOMEM:
+		return FP_DROP_SEND_BUFFER;
+	default:
+		return FP_DROP_SEND_ERROR;
+	}
+}
+
+static socklen_t underlay_sockaddr(const struct fib_entry *peer, struct sockaddr_storage *to)
+{
+	if (inet_is_ipv4(&peer->underlay)) {
+		struct sockaddr_in *in = (struct sockaddr_in *)to;
+
+		*in = (struct sockaddr_in) { .sin_family = AF_INET, .sin_port = htons(peer->port) };
+		memcpy(&in->sin_addr, peer->underlay.octet + 12, 4);
+		return sizeof(*in);
+	} else {
+		struct sockaddr_in6 *in6 = (struct sockaddr_in6 *)to;
+
+		*in6 = (struct sockaddr_in6) { .sin6_family = AF_INET6,
+					       .sin6_port = htons(peer->port) };
+		memcpy(&in6->sin6_addr, &peer->underlay, 16);
+		return sizeof(*in6);
+	}
+}
+
+static void set_blocked(struct sender *sender, unsigned int index, bool blocked)
+{
+	struct send_socket *socket = &sender->socket[index];
+	struct epoll_event event = { .events = EPOLLOUT, .data.u64 = sender->first_key + index };
+
+	if (socket->blocked == blocked)
+		return;
+	socket->blocked = blocked;
+	if (blocked) {
+		epoll_ctl(sender->epoll_fd, EPOLL_CTL_ADD, socket->fd, &event);
+		count_up(&sender->counters->sends_blocked, 1);
+		sender->blocked++;
+	} else {
+		epoll_ctl(sender->epoll_fd, EPOLL_CTL_DEL, socket->fd, &event);
+		sender->blocked--;
+	}
+}
+
+/* What sendmsg() needs besides the message: control data. */
+struct send_control {
+	union {
+		char bytes[CMSG_SPACE(sizeof(int)) + CMSG_SPACE(sizeof(uint16_t))];
+		struct cmsghdr align;
+	};
+};
+
+static void add_control(struct msghdr *header, int level, int type, const void *value,
+			size_t length)
+{
+	struct cmsghdr *control =
+		(struct cmsghdr *)((char *)header->msg_control + header->msg_controllen);
+
+	control->cmsg_level = level;
+	control->cmsg_type = type;
+	control->cmsg_len = CMSG_LEN(length);
+	memcpy(CMSG_DATA(control), value, length);
+	header->msg_controllen += CMSG_SPACE(length);
+}
+
+static struct msghdr message_of(const struct send *send, struct iovec *iov, size_t pieces,
+				struct send_control *control, bool segmented)
+{
+	struct msghdr header = {
+		.msg_name = (void *)&send->to,
+		.msg_namelen = send->to_length,
+		.msg_iov = iov,
+		.msg_iovlen = pieces,
+		.msg_control = control,
+	};
+	bool ipv4 = send->to.ss_family == AF_INET;
+	uint16_t size = (uint16_t)send->size;
+	int tos = send->tos;
+
+	if (tos)
+		add_control(&header, ipv4 ? IPPROTO_IP : IPPROTO_IPV6, ipv4 ? IP_TOS : IPV6_TCLASS,
+			    &tos, sizeof(tos));
+	if (segmented)
+		add_control(&header, SOL_UDP, UDP_SEGMENT, &size, sizeof(size));
+	if (!header.msg_controllen)
+		header.msg_control = NULL;
+	return header;
+}
+
+/* What one sendmmsg() is given. */
+struct outgoing {
+	unsigned int count;
+	unsigned int pieces;
+	struct mmsghdr message[MESSAGES];
+	struct send_control control[MESSAGES];
+	struct iovec iov[MESSAGES + PIECES];
+};
+
+static void add_message(struct outgoing *out, const struct send *send, unsigned int first,
+			bool segmented)
+{
+	out->message[out->count].msg_hdr = message_of(send, out->iov + first, out->pieces - first,
+						      &out->control[out->count], segmented);
+	out->count++;
+}
+
+/* The datagrams of a split send that are not out yet, a message each. */
+static void add_split(const struct sender *sender, const struct send *send, struct outgoing *out)
+{
+	unsigned int skip = send->sent;
+
+	for (int i = send->first; i >= 0; i = sender->piece[i].next) {
+		const struct piece *piece = &sender->piece[i];
+
+		for (size_t at = 0; at < piece->length; at += send->size) {
+			size_t left = piece->length - at;
+
+			if (skip) {
+				skip--;
+				continue;
+			}
+			if (out->count == MESSAGES)
+				return;
+			out->iov[out->pieces++] =
+				(struct iovec) { piece->start + at,
+						 left < send->size ? left : send->size };
+			add_message(out, send, out->pieces - 1, false);
+		}
+	}
+}
+
+static void gather(const struct sender *sender, const struct send_socket *socket,
+		   struct outgoing *out)
+{
+	out->count = out->pieces = 0;
+	for (int i = socket->first; i >= 0 && out->count < MESSAGES; i = sender->send[i].next) {
+		const struct send *send = &sender->send[i];
+		unsigned int first = out->pieces;
+
+		if (send->split) {
+			add_split(sender, send, out);
+			continue;
+		}
+		for (int p = send->first; p >= 0; p = sender->piece[p].next)
+			out->iov[out->pieces++] =
+				(struct iovec) { sender->piece[p].start, sender->piece[p].length };
+		add_message(out, send, first, send->datagrams > 1);
+	}
+}
+
+/* The first message of @socket is out, or dropped. Return: its datagrams */
+static unsigned int advance(struct sender *sender, struct send_socket *socket)
+{
+	struct send *send = &sender->send[socket->first];
+	unsigned int datagrams = send->split ? 1 : send->datagrams;
+
+	send->sent += datagrams;
+	if (send->sent == send->datagrams)
+		socket->first = send->next;
+	return datagrams;
+}
+
+/*
+ * The first message of @socket was refused. EMSGSIZE and EINVAL: a segment is larger than what the
+ * route or device to this peer takes; EIO: the device computes no checksums and the kernel does not
+ * help (before 6.2). Then its datagrams go one by one, as do the next ones to this peer; all else
+ * is a drop.
+ */
+static void refused(struct sender *sender, struct send_socket *socket, int err)
+{
+	struct send *send = &sender->send[socket->first];
+
+	if (!send->split && send->datagrams > 1 &&
+	    (err == EMSGSIZE || err == EINVAL || err == EIO)) {
+		send->split = true;
+		count_up(&sender->counters->sends_unsegmented, 1);
+		if (send->peer)
+			atomic_store_explicit(&send->peer->traffic->unsegmented,
+					      UNSEGMENTED_MESSAGES, memory_order_relaxed);
+		return;
+	}
+	count_up(&sender->counters->drops[send_drop(err)], advance(sender, socket));
+}
+
+/**
+ * sender_flush_socket() - Send what a socket has, until it is through or has no room
+ * @sender: Sender that no other thread is in
+ * @index:  Of the socket
+ */
+void sender_flush_socket(struct sender *sender, unsigned int index)
+{
+	struct send_socket *socket = &sender->socket[index];
+	struct fp_traffic *total = &sender->counters->traffic;
+	struct outgoing out;
+
+	while (socket->first >= 0) {
+		int sent;
+
+		gather(sender, socket, &out);
+		if (out.count == 1)
+			sent = sendmsg(socket->fd, &out.message[0].msg_hdr, MSG_DONTWAIT) < 0 ? -1
+											      : 1;
+		else
+			sent = sendmmsg(socket->fd, out.message, out.count, MSG_DONTWAIT);
+		if (sent < 0 && errno == EINTR)
+			continue;
+		if (sent < 0 && errno == EAGAIN) {
+			set_blocked(sender, index, true);
+			return;
+		}
+		if (sent < 0) {
+			refused(sender, socket, errno);
+			continue;
+		}
+		count_up(&sender->counters->sends, (uint64_t)sent);
+		for (int i = 0; i < sent; i++) {
+			const struct iovec *iov = out.message[i].msg_hdr.msg_iov;
+			unsigned int datagrams = advance(sender, socket);
+
+			count_up(&total->encap_packets, datagrams);
+			for (size_t p = 0; p < out.message[i].msg_hdr.msg_iovlen; p++)
+				count_up(&total->encap_bytes, iov[p].iov_len);
+			count_up(&total->encap_bytes, -(uint64_t)(datagrams * PUSH));
+		}
+	}
+	socket->last = -1;
+	set_blocked(sender, index, false);
+}
+
+/** sender_flush() - Send all that was added. Return: whether everything is out */
+bool sender_flush(struct sender *sender)
+{
+	for (unsigned int i = 0; i < sender->sockets; i++) {
+		if (sender->socket[i].first >= 0)
+			sender_flush_socket(sender, i);
+	}
+	if (sender->blocked)
+		return false;
+	sender->pieces = sender->sends = 0;
+	return true;
+}
+
+/* Whether datagrams to this peer go one by one for now. */
+static bool is_unsegmented(const struct sender *sender, struct fib_traffic *traffic)
+{
+	unsigned int left = atomic_load_explicit(&traffic->unsegmented, memory_order_relaxed);
+
+	if (left)
+		atomic_store_explicit(&traffic->unsegmented, left - 1, memory_order_relaxed);
+	return left || !sender->segment;
+}
+
+/*
+ * The message on @socket that @datagrams of @size bytes may join, or NULL. Nothing may overtake
+ * them later, so one that they cannot join is closed.
+ */
+static struct send *open_send(struct sender *sender, const struct send_socket *socket,
+			      const struct encap *encap, size_t datagrams, size_t size)
+{
+	for (int i = socket->first; i >= 0; i = sender->send[i].next) {
+		struct send *send = &sender->send[i];
+
+		if (send->peer != encap->peer || send->closed)
+			continue;
+		/* Only the last datagram of a message may be shorter. */
+		if ((size == send->size || (datagrams == 1 && size < send->size)) &&
+		    send->tos == encap->outer_tos)
+			return send;
+		send->closed = true;
+	}
+	return NULL;
+}
+
+static struct send *new_send(struct sender *sender, struct send_socket *socket,
+			     const struct encap *encap, size_t size)
+{
+	int index = (int)sender->sends++;
+	struct send *send = &sender->send[index];
+
+	*send = (struct send) {
+		.peer = encap->peer,
+		.tos = encap->outer_tos,
+		.size = size,
+		.most = SEND_BYTES / size < DATAGRAMS_PER_SEND ? (unsigned int)(SEND_BYTES / size)
+							       : DATAGRAMS_PER_SEND,
+		.split = is_unsegmented(sender, encap->peer->traffic),
+		.first = -1,
+		.last = -1,
+		.next = -1,
+	};
+	send->to_length = underlay_sockaddr(encap->peer, &send->to);
+	if (socket->first < 0)
+		socket->first = index;
+	else
+		sender->send[socket->last].next = index;
+	socket->last = index;
+	return send;
+}
+
+static void add_piece(struct sender *sender, struct send *send, uint8_t *start, size_t length)
+{
+	struct piece *last = send->last >= 0 ? &sender->piece[send->last] : NULL;
+
+	if (last && last->start + last->length == start) {
+		last->length += length;
+		return;
+	}
+	sender->piece[sender->pieces] = (struct piece) { start, length, -1 };
+	if (last)
+		last->next = (int)sender->pieces;
+	else
+		send->first = (int)sender->pieces;
+	send->last = (int)sender->pieces++;
+}
+
+/**
+ * sender_add() - Put datagrams to one peer on the way
+ * @sender:    Sender with room
+ * @encap:     Their peer, flow and outer TOS; the FIB section lasts until sender_forget_peers()
+ * @start:     Where they lie, until they are sent
+ * @datagrams: How many
+ * @length:    Bytes of all
+ * @size:      Bytes of each but the last, SEND_BYTES at most
+ */
+void sender_add(struct sender *sender, const struct encap *encap, uint8_t *start, size_t datagrams,
+		size_t length, size_t size)
+{
+	struct send_socket *socket = &sender->socket[encap->flow.hash % sender->sockets];
+	struct fib_traffic *traffic = encap->peer->traffic;
+
+	traffic_add(&traffic->encap_packets, datagrams);
+	traffic_add(&traffic->encap_bytes, length - datagrams * PUSH);
+	while (datagrams) {
+		size_t one = datagrams == 1 ? length : size;
+		struct send *send = open_send(sender, socket, encap, datagrams, one);
+		size_t count, bytes;
+
+		if (!send)
+			send = new_send(sender, socket, encap, one);
+		count = send->most - send->datagrams;
+		if (count > datagrams)
+			count = datagrams;
+		bytes = count == datagrams ? length : count * size;
+		add_piece(sender, send, start, bytes);
+		send->datagrams += (unsigned int)count;
+		send->closed = send->datagrams == send->most || bytes != count * send->size;
+		start += bytes;
+		datagrams -= count;
+		length -= bytes;
+	}
+}
+
+/** sender_forget_peers() - Let the FIB section end while messages wait for room */
+void sender_forget_peers(struct sender *sender)
+{
+	for (unsigned int i = 0; i < sender->sends; i++)
+		sender->send[i].peer = NULL;
+}
+
+/**
+ * sender_open() - Make a sender; the descriptors stay the caller's
+ * @sender:    Zeroed
+ * @io:        Sockets, and whether they segment
+ * @epoll_fd:  Where sockets without room wait for it
+ * @first_key: Key of the first socket there; the others follow
+ * @counters:  To count into
+ *
+ * Return: 0, or EINVAL for a wrong number of sockets
+ */
+int sender_open(struct sender *sender, const struct fp_io *io, int epoll_fd, uint64_t first_key,
+		struct fp_counters *counters)
+{
+	if (io->send_count < 1 || io->send_count > SEND_SOCKETS_MAX)
+		return EINVAL;
+	sender->counters = counters;
+	sender->epoll_fd = epoll_fd;
+	sender->first_key = first_key;
+	sender->segment = io->segment;
+	sender->sockets = (unsigned int)io->send_count;
+	for (unsigned int i = 0; i < sender->sockets; i++)
+		sender->socket[i] = (struct send_socket) { io->send[i], -1, -1, false };
+	return 0;
+}

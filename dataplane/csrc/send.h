@@ -1,0 +1,68 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#ifndef PYFLANNEL_SEND_H
+#define PYFLANNEL_SEND_H
+
+#include <sys/socket.h>
+
+#include "context.h"
+
+#define SEND_SOCKETS_MAX 64
+#define SENDS 128
+#define PIECES 256
+/* UDP_MAX_SEGMENTS of kernels before 6.9. */
+#define DATAGRAMS_PER_SEND 64
+/* The longest UDP payload over IPv4. */
+#define SEND_BYTES 65507
+
+/* Equal datagrams, and at most one shorter at the end, that lie in one piece of memory. */
+struct piece {
+	uint8_t *start;
+	size_t length;
+	int next; /* of the same send, or -1 */
+};
+
+/* One message: datagrams of one size for one peer. */
+struct send {
+	const struct fib_entry *peer; /* NULL once the FIB section has ended */
+	struct sockaddr_storage to;
+	socklen_t to_length;
+	uint8_t tos;
+	bool closed; /* takes no more: it is full, or ends in a shorter datagram */
+	bool split; /* its datagrams are sent one by one */
+	size_t size; /* of each datagram but the last */
+	unsigned int datagrams;
+	unsigned int most; /* datagrams that it may have */
+	unsigned int sent; /* of @datagrams, when it is split */
+	int first, last; /* pieces */
+	int next; /* of the same socket, or -1 */
+};
+
+struct send_socket {
+	int fd;
+	int first, last; /* its sends of this batch, in order; -1 for none */
+	bool blocked;
+};
+
+/* Messages that are not sent yet. One thread at a time is in it. */
+struct sender {
+	struct fp_counters *counters;
+	int epoll_fd;
+	uint64_t first_key; /* of the first socket in @epoll_fd */
+	unsigned int sockets;
+	struct send_socket socket[SEND_SOCKETS_MAX];
+	unsigned int blocked; /* sockets that wait for room */
+	bool segment;
+	unsigned int pieces, sends;
+	struct piece piece[PIECES];
+	struct send send[SENDS];
+};
+
+int sender_open(struct sender *sender, const struct fp_io *io, int epoll_fd, uint64_t first_key,
+		struct fp_counters *counters);
+void sender_add(struct sender *sender, const struct encap *encap, uint8_t *start, size_t datagrams,
+		size_t length, size_t size);
+bool sender_flush(struct sender *sender);
+void sender_flush_socket(struct sender *sender, unsigned int index);
+void sender_forget_peers(struct sender *sender);
+
+#endif
