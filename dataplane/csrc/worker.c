@@ -287,26 +287,41 @@ static uint64_t idle_ns(const struct shift *shift, uint64_t now)
 	return idle + (since && since < now ? now - since : 0);
 }
 
-/* Give the decap side to the second thread. Return: 0, or an errno */
-static int hand_over(struct fp_worker *worker)
+/* Move the receive socket between the threads' epoll sets. Return: 0, or an errno */
+static int move_receive(struct fp_worker *worker, int from_set, int to_set, uint64_t key)
 {
 	int receive = worker->decap.receive_fd;
 
-	if (watch(worker->encap.epoll_fd, EPOLL_CTL_DEL, receive, ENCAP_KEY_RECEIVE))
-		return errno;
-	worker->assisted = true;
-	return watch(worker->receive_set, EPOLL_CTL_ADD, receive, KEY_RECEIVE) ? errno : 0;
+	return watch(from_set, EPOLL_CTL_DEL, receive, 0) ||
+			       watch(to_set, EPOLL_CTL_ADD, receive, key)
+		       ? errno
+		       : 0;
 }
 
-/* Give it back to the first. */
+/*
+ * Give the decap side to the second thread. Return: 0, or an errno
+ *
+ * The side counts as given once the socket has moved: the other thread gives it back when it sees
+ * that, and the socket must be where it looks for it.
+ */
+static int hand_over(struct fp_worker *worker)
+{
+	int err = move_receive(worker, worker->encap.epoll_fd, worker->receive_set, KEY_RECEIVE);
+
+	if (!err)
+		worker->assisted = true;
+	return err;
+}
+
+/* Give it back to the first, in the same order. */
 static int hand_back(struct fp_worker *worker)
 {
-	int receive = worker->decap.receive_fd;
+	int err = move_receive(worker, worker->receive_set, worker->encap.epoll_fd,
+			       ENCAP_KEY_RECEIVE);
 
-	if (watch(worker->receive_set, EPOLL_CTL_DEL, receive, KEY_RECEIVE))
-		return errno;
-	worker->assisted = false;
-	return watch(worker->encap.epoll_fd, EPOLL_CTL_ADD, receive, ENCAP_KEY_RECEIVE) ? errno : 0;
+	if (!err)
+		worker->assisted = false;
+	return err;
 }
 
 /* The first thread: both sides, or the encap side while the second has the other. */

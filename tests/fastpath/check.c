@@ -95,6 +95,7 @@ int main(int argc, char **argv)
 			invariants[i].holds(input.bytes, input.size);
 		}
 	}
+	check_handover();
 	check_worker();
 	puts("all holds");
 	return 0;

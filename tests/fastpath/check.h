@@ -40,6 +40,7 @@ void make_decap_input(struct input *input);
 
 void check_checksum(void);
 void check_fib(void);
+void check_handover(void);
 void check_worker(void);
 
 #endif

@@ -1,0 +1,182 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The decap side changes hands between two threads: it must never be lost, be in both, or reorder a
+ * flow, and the second thread must give it back when there is little to do.
+ */
+#define _GNU_SOURCE
+#include "check.h"
+
+/* Who has the side is to be seen only from within. */
+#include "worker.c"
+
+#include <arpa/inet.h>
+#include <netinet/in.h>
+
+#define CHANGES 20000
+#define CYCLES 10
+#define MORE 1000 /* packets once the second thread is called */
+#define PAYLOAD 32
+
+struct host {
+	struct fp_ctx *ctx;
+	struct fp_worker *worker;
+	int tun[2]; /* the test's end, the worker's end */
+	int receive, send;
+	struct sockaddr_in address;
+};
+
+static void open_host(struct host *host)
+{
+	socklen_t length = sizeof(host->address);
+	struct fp_config config = {
+		.vni = 1,
+		.mac = { 2, 0, 0, 0, 0, 1 },
+		.network = { [10] = 0xff, [11] = 0xff, [12] = 10, [13] = 5 },
+		.network_len = INET_MAPPED_BITS + 16,
+		.anti_spoofing = FP_SPOOF_OFF,
+		.inner_ipv4 = 1,
+	};
+	struct fp_io io = { .tun_count = 1, .send_count = 1 };
+
+	HOLDS(socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_NONBLOCK, 0, host->tun) == 0);
+	host->address = (struct sockaddr_in) { .sin_family = AF_INET };
+	host->address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+	host->receive = socket(AF_INET, SOCK_DGRAM | SOCK_NONBLOCK, 0);
+	host->send = socket(AF_INET, SOCK_DGRAM, 0);
+	HOLDS(bind(host->receive, (struct sockaddr *)&host->address, length) == 0);
+	HOLDS(getsockname(host->receive, (struct sockaddr *)&host->address, &length) == 0);
+	host->ctx = fp_ctx_new(&config);
+	HOLDS(host->ctx);
+	io.tun = &host->tun[1];
+	io.tun_write = host->tun[1];
+	io.receive = host->receive;
+	io.send = &host->send;
+	host->worker = fp_worker_new(host->ctx, &io);
+	HOLDS(host->worker);
+}
+
+static void close_host(struct host *host)
+{
+	fp_worker_free(host->worker);
+	fp_ctx_free(host->ctx);
+	close(host->tun[0]);
+	close(host->tun[1]);
+	close(host->receive);
+	close(host->send);
+}
+
+static void *hand_over_always(void *argument)
+{
+	struct fp_worker *worker = argument;
+
+	for (int changes = 0; changes < CHANGES;) {
+		if (worker->assisted) {
+			sched_yield();
+			continue;
+		}
+		HOLDS(hand_over(worker) == 0);
+		changes++;
+	}
+	return NULL;
+}
+
+/* Both threads change their minds at the worst moments. */
+static void check_changes(void)
+{
+	struct host host;
+	pthread_t thread;
+
+	open_host(&host);
+	HOLDS(pthread_create(&thread, NULL, hand_over_always, host.worker) == 0);
+	for (int changes = 0; changes < CHANGES;) {
+		if (!host.worker->assisted) {
+			sched_yield();
+			continue;
+		}
+		HOLDS(hand_back(host.worker) == 0);
+		changes++;
+	}
+	pthread_join(thread, NULL);
+	close_host(&host);
+}
+
+/* What the kernel behind the TUN gets; the numbers of one flow must rise. */
+struct reader {
+	struct host *host;
+	_Atomic bool ended;
+	_Atomic uint32_t last;
+};
+
+static void *read_in_order(void *argument)
+{
+	struct reader *reader = argument;
+	uint8_t packet[2048];
+
+	while (!reader->ended) {
+		ssize_t got = read(reader->host->tun[0], packet, sizeof(packet));
+		uint32_t number;
+
+		if (got <= 0) {
+			sched_yield();
+			continue;
+		}
+		memcpy(&number, packet + got - sizeof(number), sizeof(number));
+		HOLDS(number > reader->last);
+		reader->last = number;
+	}
+	return NULL;
+}
+
+/* Send one packet more of the flow, as a peer does. */
+static void send_next(const struct host *host, uint32_t *number)
+{
+	struct spec spec = {
+		.udp = true, .source_node = 2, .destination_node = 1, .payload = PAYLOAD
+	};
+	struct vxlan_push push = { .vxlan = vxlan_header_of(1),
+				   .eth = { .destination = { 2, 0, 0, 0, 0, 1 },
+					    .source = { 2, 0, 0, 0, 0, 2 },
+					    .type = { { 0x08, 0 } } } };
+	uint8_t datagram[2048], *packet = datagram + sizeof(push);
+	size_t length = build(&spec, packet);
+
+	memcpy(datagram, &push, sizeof(push));
+	++*number;
+	memcpy(packet + length - sizeof(*number), number, sizeof(*number));
+	memset(packet + 26, 0, 2); /* no UDP checksum */
+	sendto(host->send, datagram, sizeof(push) + length, 0,
+	       (const struct sockaddr *)&host->address, sizeof(host->address));
+}
+
+/* Load calls the second thread in, silence sends it away, and no packet overtakes another. */
+static void check_adaptive(void)
+{
+	struct host host;
+	struct reader reader = { .host = &host };
+	pthread_t thread;
+	uint32_t number = 0;
+
+	open_host(&host);
+	HOLDS(fp_worker_start(host.worker, 2, true) == 0);
+	HOLDS(pthread_create(&thread, NULL, read_in_order, &reader) == 0);
+	for (int cycle = 0; cycle < CYCLES; cycle++) {
+		while (!host.worker->assisted)
+			send_next(&host, &number);
+		for (int more = 0; more < MORE; more++)
+			send_next(&host, &number);
+		while (host.worker->assisted)
+			usleep(1000);
+	}
+	for (uint32_t sent = number; reader.last <= sent;)
+		send_next(&host, &number);
+	reader.ended = true;
+	pthread_join(thread, NULL);
+	HOLDS(fp_worker_stop(host.worker) == 0);
+	close_host(&host);
+}
+
+void check_handover(void)
+{
+	check_changes();
+	check_adaptive();
+}
