@@ -78,12 +78,18 @@ def _udp(stack: Stack, name: str, packets: int) -> tuple[int, int]:
     report = json.loads(done.stdout)
     if report["corrupt"] or report["duplicated"] or report["reordered"]:
         raise SoakError(f"{name}: {done.stdout.strip()}")
+    if not report["received"]:
+        raise SoakError(f"{name}: none of {report['sent']} packets arrived")
     return report["received"], report["sent"] - report["received"]
 
 
 def _tcp(stack: Stack, megabytes: int, seed: int) -> tuple[int, int]:
     """Transfer with a checksum; return segments of full size that its bytes make, and 0."""
-    if not transfer_is_intact(stack, megabytes, seed):
+    try:
+        intact = transfer_is_intact(stack, megabytes, seed)
+    except OSError as error:
+        raise SoakError(f"TCP: transfer {seed} did not end: {error}") from error
+    if not intact:
         raise SoakError(f"TCP: the checksum of transfer {seed} differs")
     return megabytes * CHUNK // SEGMENT_BYTES, 0
 

@@ -239,6 +239,11 @@ def _check(err: int, what: str) -> None:
         raise OSError(err, f"{what}: {os.strerror(err)}")
 
 
+def _ended(err: int) -> OSError:
+    reason = "the TUN device is gone" if err == errno.EBADFD else os.strerror(err)
+    return OSError(err, reason)
+
+
 class Context:
     """One VNI: its FIB and its counters. Close it after its workers."""
 
@@ -400,7 +405,7 @@ class Worker:
         """
         packets: int = lib.fp_worker_turn(self._worker)
         if packets < 0:
-            raise OSError(-packets, "the TUN device is gone")
+            raise _ended(-packets)
         return packets
 
     def start(self, threads: int, *, adaptive: bool) -> None:
@@ -411,7 +416,7 @@ class Worker:
         """Raise the OSError with which a thread has ended: EBADFD, the TUN device is gone."""
         err = lib.fp_worker_error(self._worker)
         if err:
-            raise OSError(err, "the TUN device is gone")
+            raise _ended(err)
 
     @property
     def runs_as_scheduled(self) -> bool:

@@ -36,16 +36,22 @@ class Workers(Enum):
 class Forwarder:
     """Forwards between TUN queues and the underlay sockets until it is closed.
 
-    `on_lost` is called once, with the reason, when the TUN device disappears.
+    `on_ended` is called, with the reason, when it ends by itself: the TUN device is gone, or a
+    thread has failed. It may be started again then.
     """
 
     def __init__(
-        self, context: Context, workers: Workers, on_lost: Callable[[OSError], None]
+        self, context: Context, workers: Workers, on_ended: Callable[[OSError], None]
     ) -> None:
         self._context = context
         self._workers = workers
-        self._on_lost = on_lost
+        self._on_ended = on_ended
         self._worker: Worker | None = None
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it has been started and has not ended."""
+        return self._worker is not None
 
     @property
     def silence(self) -> float:
@@ -81,7 +87,7 @@ class Forwarder:
                 self._worker.check()
         except OSError as error:
             self.close()
-            self._on_lost(error)
+            self._on_ended(error)
 
     def close(self) -> None:
         """Stop forwarding behind the present batch; may be called again."""

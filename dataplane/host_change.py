@@ -93,6 +93,8 @@ class InUse:
     interface_index: int
     interface_mtu: int
     address: IPAddress
+    forwards: bool = True
+    """Whether packets are moved, or are not to be for now."""
 
 
 class Repair(Flag):
@@ -101,6 +103,8 @@ class Repair(Flag):
     NOTHING = 0
     REOPEN = auto()
     """Make the device again, and all that was on it."""
+    RESTART = auto()
+    """Forward again on the same device."""
     CONFIGURE = auto()
     """Set the device's address, MTU and state, and its routes."""
     REBIND = auto()
@@ -177,7 +181,8 @@ def diagnose(used: InUse, device: Interface | None, interface: Interface | None)
 def _device_repair(used: InUse, device: Interface | None) -> Repair:
     if device is None or device.kind != TUN_KIND or device.index != used.device_index:
         return Repair.REOPEN
+    repair = Repair.NOTHING if used.forwards else Repair.RESTART
     addresses = [owned.address for owned in device.addresses]
     if device.up and device.mtu == used.device_mtu and used.device_address in addresses:
-        return Repair.NOTHING
-    return Repair.CONFIGURE
+        return repair
+    return repair | Repair.CONFIGURE

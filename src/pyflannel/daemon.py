@@ -200,7 +200,7 @@ class Daemon:
         if predecessor is not None:
             predecessor.stop()
         for overlay, watch in zip(overlays.each, watches):
-            overlay.forward(watch.device_lost)
+            overlay.forward(watch.forwarding_ended)
         traffic = Traffic(
             options,
             netlink,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable
 
@@ -67,13 +68,18 @@ class HostWatch:
         self._reason = HOST if overlay.version == 4 else HOST_V6
         self._told_mtu = overlay.underlying.mtu
         self._told_public_ip = overlay.underlying.public_ip
+        self._ended_at = -math.inf
         self._concern = Concern.NOTHING
         self._changed = asyncio.Event()
 
-    def device_lost(self, error: OSError) -> None:
-        """Take in that the fast path has found its device gone."""
-        log.warning("%s: %s", self._overlay.device, error.strerror)
-        self._note(Concern.DEVICE)
+    def forwarding_ended(self, error: OSError) -> None:
+        """Take in that packets are not moved any more."""
+        log.warning("forwarding on %s has ended: %s", self._overlay.device, error.strerror)
+        now = time.monotonic()
+        again = now - self._ended_at < RETRY_SECONDS
+        self._ended_at = now
+        loop = asyncio.get_running_loop()
+        loop.call_later(RETRY_SECONDS if again else 0, self._note, Concern.DEVICE)
 
     def _note(self, what: Concern) -> None:
         if what:
@@ -131,6 +137,8 @@ class HostWatch:
             overlay.rebind(found.index, found.address)
         if Repair.REOPEN in repair:
             overlay.reopen()
+        if Repair.RESTART in repair:
+            overlay.restart()
         if repair:
             await overlay.configure()
         if overlay.underlying.mtu != self._told_mtu:

@@ -170,6 +170,7 @@ class Overlay:
             interface_index=choice.index,
             interface_mtu=choice.mtu,
             address=choice.address,
+            forwards=self._forwarder is None or self._is_paused or self._forwarder.is_running,
         )
 
     @property
@@ -267,9 +268,9 @@ class Overlay:
         """Who the kernel's events name as the author of our changes of routes."""
         return self._peer_routes.port
 
-    def forward(self, on_lost: Callable[[OSError], None]) -> None:
-        """Begin to forward; `on_lost` is called when the device disappears."""
-        self._forwarder = Forwarder(self.context, Workers(self._options.workers), on_lost)
+    def forward(self, on_ended: Callable[[OSError], None]) -> None:
+        """Begin to forward; `on_ended` is called when that ends by itself."""
+        self._forwarder = Forwarder(self.context, Workers(self._options.workers), on_ended)
         self._stack.callback(self._forwarder.close)
         setting = _FORWARDING[self.version]
         if Path("/proc/sys", *setting.split(".")).read_text().strip() == "0":
@@ -330,6 +331,11 @@ class Overlay:
         keep_descriptors(self.device, self._tun.fds)
         self._start()
         log.warning("%s was deleted by somebody: made anew", self.device)
+
+    def restart(self) -> None:
+        """Forward again, on the same device, what has queued since it ended by itself."""
+        self._start()
+        log.warning("forwarding again on %s", self.device)
 
     def rebind(self, index: int, address: IPAddress) -> None:
         """Send from another address or incarnation of the interface; nothing queued is lost."""

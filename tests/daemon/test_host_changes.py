@@ -7,10 +7,15 @@ c2 -- h2 (ours) --+
 
 from __future__ import annotations
 
+import ctypes
 import json
+import os
+import re
+import select
 import signal
 from collections.abc import Callable, Iterator
 from ipaddress import IPv4Network
+from pathlib import Path
 
 import pytest
 
@@ -100,6 +105,44 @@ def test_renamed_device_is_made_anew_and_no_other_is_left(nodes: Lab) -> None:
     )
     assert "renamed0" not in host.ip("link")
     wait_until(lambda: _reaches(nodes), "a ping", LIMIT_SECONDS)
+
+
+PIDFD_GETFD, EPOLL_CTL_ADD = 438, 1
+
+
+def _wait_set_of_the_packet_thread(pid: int) -> int:
+    """Return the number of the epoll descriptor with a TUN queue whose key is 0."""
+    for entry in Path(f"/proc/{pid}/fdinfo").iterdir():
+        for number in re.findall(r"^tfd: +(\d+) .* data: +0 ", entry.read_text(), re.MULTILINE):
+            if os.readlink(f"/proc/{pid}/fd/{number}") == "/dev/net/tun":
+                return int(entry.name)
+    raise AssertionError("no packet thread waits")
+
+
+def _end_packet_threads(host: Host) -> None:
+    """Let the thread that waits for the TUN see an error there: a pipe without a reader."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    pid = host.processes[0].pid
+    reader, writer = os.pipe()
+    os.close(reader)
+    process = os.pidfd_open(pid)
+    wait_set = libc.syscall(PIDFD_GETFD, process, _wait_set_of_the_packet_thread(pid), 0)
+    assert wait_set >= 0, os.strerror(ctypes.get_errno())
+    # struct epoll_event: the events, padding on some machines, and the key, 0.
+    event = (ctypes.c_uint32 * 4)(select.EPOLLIN)
+    assert libc.epoll_ctl(wait_set, EPOLL_CTL_ADD, writer, event) == 0
+    wait_until(lambda: "forwarding on flannel.1 has ended" in host.log.read_text(), "the end")
+    for fd in (wait_set, process, writer):
+        os.close(fd)
+
+
+def test_forwarding_goes_on_after_the_packet_threads_have_ended(nodes: Lab) -> None:
+    host = nodes.hosts[0]
+    before = _state(host)
+    _end_packet_threads(host)
+    wait_until(lambda: _reaches(nodes), "a ping", LIMIT_SECONDS)
+    assert "forwarding again on flannel.1" in host.log.read_text()
+    assert _state(host) == before and host.processes[0].poll() is None
 
 
 def test_mtu_of_the_interface_is_carried_on(nodes: Lab) -> None:

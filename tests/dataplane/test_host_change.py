@@ -152,6 +152,14 @@ def test_repair_of_the_device(device: Interface | None, expected: Repair) -> Non
     assert diagnose(USED, device, GOOD_INTERFACE).repair == expected
 
 
+def test_what_does_not_forward_is_restarted_on_a_device_that_is_there() -> None:
+    stuck = replace(USED, forwards=False)
+    assert diagnose(stuck, GOOD_DEVICE, GOOD_INTERFACE).repair == Repair.RESTART
+    assert diagnose(stuck, None, GOOD_INTERFACE).repair == Repair.REOPEN
+    down = replace(GOOD_DEVICE, up=False)
+    assert diagnose(stuck, down, GOOD_INTERFACE).repair == Repair.RESTART | Repair.CONFIGURE
+
+
 def test_a_missing_interface_is_waited_for() -> None:
     found = diagnose(USED, GOOD_DEVICE, None)
     assert found.repair == Repair.NOTHING
