@@ -6,7 +6,6 @@
 // The socket has the system's default buffers, as there.
 
 #define _GNU_SOURCE
-#include <arpa/inet.h>
 #include <errno.h>
 #include <getopt.h>
 #include <netinet/ip.h>
@@ -15,6 +14,7 @@
 #include <stdbool.h>
 
 #include "tun.h"
+#include "udp_socket.h"
 
 enum { PORT = 8285, ROOM = 65536, MAX_ROUTES = 10001, QUOTED = 8 };
 
@@ -153,31 +153,9 @@ static bool wire_to_tun(struct backend *b)
 	return true;
 }
 
-static uint32_t address(const char *text)
+static void add_route(struct backend *b, uint32_t network, uint32_t mask, const char *next)
 {
-	struct in_addr read;
-
-	if (inet_pton(AF_INET, text, &read) != 1) {
-		fprintf(stderr, "udp_backend: %s is not an IPv4 address\n", text);
-		exit(2);
-	}
-	return read.s_addr;
-}
-
-static void open_wire(struct backend *b, const char *local)
-{
-	struct sockaddr_in here = { .sin_family = AF_INET, .sin_port = htons(PORT) };
-
-	here.sin_addr.s_addr = address(local);
-	b->wire = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
-	if (b->wire < 0 || bind(b->wire, (struct sockaddr *)&here, sizeof(here)))
-		fail("bind");
-}
-
-static void add_route(struct backend *b, uint32_t network, uint32_t mask, uint32_t next)
-{
-	b->routes[b->count++] =
-		(struct route) { network, mask, { AF_INET, htons(PORT), { next }, { 0 } } };
+	b->routes[b->count++] = (struct route) { network, mask, parse_address(next, PORT) };
 }
 
 int main(int argc, char **argv)
@@ -212,12 +190,11 @@ int main(int argc, char **argv)
 		}
 	}
 	for (int i = 1; i < peers && i < MAX_ROUTES - 1; i++)
-		add_route(&b, htonl(0x0b000000u + ((uint32_t)i << 8)), htonl(0xffffff00u),
-			  address(peer));
-	add_route(&b, address(other), htonl(0xffffffffu), address(peer));
-	b.own = address(own);
+		add_route(&b, htonl(0x0b000000u + ((uint32_t)i << 8)), htonl(0xffffff00u), peer);
+	add_route(&b, parse_address(other, PORT).sin_addr.s_addr, htonl(0xffffffffu), peer);
+	b.own = parse_address(own, PORT).sin_addr.s_addr;
 	b.tun = open_tun("bench0", 0, 0);
-	open_wire(&b, local);
+	b.wire = open_udp(local, PORT);
 	for (;;) {
 		struct pollfd ready[2] = { { b.tun, POLLIN, 0 }, { b.wire, POLLIN, 0 } };
 		bool more = true;
