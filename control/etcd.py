@@ -70,7 +70,7 @@ class Deleted:
 
 @dataclass(frozen=True, slots=True)
 class WatchBatch:
-    """Events in order; watch again from `revision` + 1. No events: the store is at `revision`."""
+    """Events in order; watch again after `revision`. No events: the store is at `revision`."""
 
     events: tuple[Union[Put, Deleted], ...]
     revision: int
@@ -181,18 +181,22 @@ class Etcd:
         return await self._commit(key, mod_revision, operation)
 
     async def watch(
-        self, key: str, *, prefix: bool, from_revision: int
+        self, key: str, *, prefix: bool, after_revision: int
     ) -> AsyncGenerator[WatchBatch, None]:
-        """Yield what happens to a key, or to all keys of a prefix, from a revision on.
+        """Yield what happens to a key, or to all keys of a prefix, after a revision.
 
         The first batch is empty and says that the watch stands. Raises Compacted, or
-        EtcdUnavailable when the stream ends; resume at the last batch's revision + 1.
+        EtcdUnavailable when the stream ends; resume after the last batch's revision.
+
+        That revision itself is asked for once more: when the revision of a deletion is compacted,
+        a watch from just there misses it and is told nothing (etcd issue 18089, seen with 3.4.23).
         """
         start = key.encode()
         create = message("WatchCreateRequest")(
             key=start,
             range_end=prefix_end(start) if prefix else b"",
-            start_revision=from_revision,
+            # 0 would be now.
+            start_revision=max(after_revision, 1),
             progress_notify=True,
         )
         async with self._connections.stream("Watch", "Watch") as stream:
@@ -202,18 +206,21 @@ class Etcd:
                 # Both can be set, so the refusal is looked at first.
                 if answer.canceled:
                     if answer.compact_revision:
-                        raise Compacted(f"revision {from_revision} is compacted")
+                        raise Compacted(f"what came after revision {after_revision} is compacted")
                     raise stream.rejected(f"watch refused: {answer.cancel_reason}")
                 self._session.answered(answer.header.cluster_id, answer.header.revision)
                 if answer.created:
-                    yield WatchBatch((), from_revision - 1)
+                    yield WatchBatch((), after_revision)
                     continue
                 events = tuple(
                     Deleted(event.kv.key, event.kv.mod_revision)
                     if event.type == 1
                     else Put(_key_value(event.kv))
                     for event in answer.events
+                    if event.kv.mod_revision > after_revision
                 )
+                if answer.events and not events:
+                    continue
                 # The header of a catch-up batch is ahead of its events.
                 revision = answer.events[-1].kv.mod_revision if events else answer.header.revision
                 yield WatchBatch(events, revision)

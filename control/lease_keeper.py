@@ -276,7 +276,7 @@ class LeaseKeeper:
             await self._settle(reading.kv, on_change)
         if self._lease.subnet != subnet:
             return
-        watch = self._etcd.watch(key, prefix=False, from_revision=reading.revision + 1)
+        watch = self._etcd.watch(key, prefix=False, after_revision=reading.revision)
         async with contextlib.aclosing(watch) as batches:
             async for batch in batches:
                 for event in batch.events:

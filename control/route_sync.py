@@ -121,9 +121,7 @@ class RouteSync:
                 raise outcome
 
     async def _watch(self) -> None:
-        watch = self._etcd.watch(
-            self._prefix, prefix=True, from_revision=self._history.revision + 1
-        )
+        watch = self._etcd.watch(self._prefix, prefix=True, after_revision=self._history.revision)
         async with contextlib.aclosing(watch) as batches:
             async for batch in batches:
                 self._failures = 0

@@ -22,10 +22,10 @@ from tests.lab.etcd import EtcdCluster, etcd_on_loopback
 pytestmark = pytest.mark.slow
 
 
-async def collect(etcd: Etcd, key: str, start: int, count: int, *, prefix: bool) -> list[str]:
+async def collect(etcd: Etcd, key: str, after: int, count: int, *, prefix: bool) -> list[str]:
     """Return the first events of a watch as text."""
     seen: list[str] = []
-    async with contextlib.aclosing(etcd.watch(key, prefix=prefix, from_revision=start)) as batches:
+    async with contextlib.aclosing(etcd.watch(key, prefix=prefix, after_revision=after)) as batches:
         async for batch in batches:
             for event in batch.events:
                 if isinstance(event, Put):
@@ -87,12 +87,12 @@ async def test_a_snapshot_is_paged_at_one_revision(
 
 async def test_a_prefix_watch_and_an_exact_one(etcd: Etcd, prefix: str) -> None:
     own, other = f"{prefix}/10.5.1.0-24", f"{prefix}/10.5.1.0-24&fd00::-64"
-    start = (await etcd.get("none")).revision + 1
+    before = (await etcd.get("none")).revision
     await etcd.put_if(other, b"x", 0, 0)
     await etcd.put_if(own, b"a", 0, 0)
-    await etcd.delete_if(other, start)
-    assert await collect(etcd, own, start, 1, prefix=False) == [f"{own}=a"]
-    assert await collect(etcd, f"{prefix}/", start, 3, prefix=True) == [
+    await etcd.delete_if(other, before + 1)
+    assert await collect(etcd, own, before, 1, prefix=False) == [f"{own}=a"]
+    assert await collect(etcd, f"{prefix}/", before, 3, prefix=True) == [
         f"{other}=x",
         f"{own}=a",
         f"{other} deleted",
@@ -100,12 +100,11 @@ async def test_a_prefix_watch_and_an_exact_one(etcd: Etcd, prefix: str) -> None:
 
 
 async def test_a_catch_up_resumes_behind_its_last_event(etcd: Etcd, prefix: str) -> None:
-    start = (await etcd.get("none")).revision + 1
+    revision, seen, sizes = (await etcd.get("none")).revision, 0, []
     for number in range(1500):
         await etcd.put_if(f"{prefix}/k{number}", b"x", 0, 0)
-    revision, seen, sizes = start - 1, 0, []
     while seen < 1500:
-        watch = etcd.watch(f"{prefix}/", prefix=True, from_revision=revision + 1)
+        watch = etcd.watch(f"{prefix}/", prefix=True, after_revision=revision)
         async with contextlib.aclosing(watch) as batches:
             async for batch in batches:
                 if batch.events:
@@ -126,8 +125,19 @@ async def test_a_watch_of_compacted_revisions(
     revision = (await etcd.get("none")).revision
     cluster.run("compaction", str(revision))
     with pytest.raises(Compacted):
-        await collect(etcd, f"{prefix}/k1", revision - 2, 1, prefix=not exact)
+        await collect(etcd, f"{prefix}/k1", revision - 3, 1, prefix=not exact)
     assert etcd.session.is_well
+
+
+async def test_a_deletion_is_not_missed_whose_own_revision_is_compacted(
+    etcd: Etcd, cluster: EtcdCluster, prefix: str
+) -> None:
+    key = f"{prefix}/k"
+    known = (await etcd.put_if(key, b"x", 0, 0)).revision
+    assert (await etcd.delete_if(key, known)).revision == known + 1
+    cluster.run("compaction", str(known + 1))
+    with pytest.raises(Compacted):
+        await collect(etcd, key, known, 1, prefix=False)
 
 
 @pytest.mark.parametrize("endpoints", [(), ("192.0.2.1:2379",), ("ftp://192.0.2.1",)])
@@ -138,7 +148,7 @@ def test_bad_endpoints(endpoints: tuple[str, ...]) -> None:
 
 async def _first(etcd: Etcd, batches: list[WatchBatch]) -> None:
     """Watch everything for as long as it stands."""
-    async with contextlib.aclosing(etcd.watch("/", prefix=True, from_revision=1)) as watch:
+    async with contextlib.aclosing(etcd.watch("/", prefix=True, after_revision=0)) as watch:
         async for batch in watch:
             batches.append(batch)
 

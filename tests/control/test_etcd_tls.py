@@ -292,8 +292,8 @@ async def test_user_and_password(users: EtcdCluster) -> None:
 
 async def test_a_token_that_ends_is_replaced_and_the_watch_goes_on(users: EtcdCluster) -> None:
     etcd = Etcd(users.endpoints, username="root", password="secret")
-    start = (await etcd.get("none")).revision + 1
-    watch = etcd.watch("/token/", prefix=True, from_revision=start)
+    start = (await etcd.get("none")).revision
+    watch = etcd.watch("/token/", prefix=True, after_revision=start)
     async with contextlib.aclosing(watch) as batches:
         await batches.__anext__()
         first = etcd.session
@@ -307,7 +307,7 @@ async def test_a_token_that_ends_is_replaced_and_the_watch_goes_on(users: EtcdCl
         assert number > 10
         assert etcd.session.failures == first.failures == 0
     # A new watch with an old token delivers nothing in etcd's own words; ours must.
-    watch = etcd.watch("/token/", prefix=True, from_revision=start)
+    watch = etcd.watch("/token/", prefix=True, after_revision=start)
     async with contextlib.aclosing(watch) as batches:
         seen = 0
         async for batch in batches:

@@ -177,8 +177,8 @@ async def test_a_lost_lease_is_back_within_100_ms_of_the_event(etcd: Etcd, prefi
     async with node.running():
         for way in ("delete", "revoke", "delete"):
             losses = node.keeper.own.losses
-            start = (await etcd.get(key)).revision + 1
-            watch = etcd.watch(key, prefix=False, from_revision=start)
+            start = (await etcd.get(key)).revision
+            watch = etcd.watch(key, prefix=False, after_revision=start)
             async with contextlib.aclosing(watch) as batches:
                 await batches.__anext__()
                 if way == "delete":
