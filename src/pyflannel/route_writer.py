@@ -1,8 +1,8 @@
 """Keeps the kernel's routes to peers behind the FIB, without letting the FIB wait for them.
 
 The kernel takes its time, 0.15 ms for each route where there are 10,000. What changes while it
-writes is collected, the last word on each subnet counts, and all of it goes in the next batch. What
-is written already is not written again.
+writes, and for a moment after, is collected, the last word on each subnet counts, and all of it
+goes in the next batch. What is written already is not written again.
 """
 
 from __future__ import annotations
@@ -10,13 +10,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from pyflannel.dataplane.kernel_routes import PeerRoutes
 from pyflannel.dataplane.netlink import Netlink
 from pyflannel.dataplane.route import IPAddress, IPNetwork
 
 log = logging.getLogger(__name__)
+
+PAUSE_SECONDS = 0.05
+"""After a batch: one for every few routes would make the thread that writes take turns with the one
+that reads what etcd says, which then falls behind at 1,000 changes a second.
+"""
 
 
 class RouteWriter:
@@ -31,11 +36,13 @@ class RouteWriter:
         netlink: Netlink,
         routes: PeerRoutes,
         on_gone: Callable[[IPNetwork], object],
+        pause_seconds: float = PAUSE_SECONDS,
     ) -> None:
         self._device = device
         self._netlink = netlink
         self._routes = routes
         self._on_gone = on_gone
+        self._pause_seconds = pause_seconds
         self._wanted: dict[IPNetwork, IPAddress] = {}
         self._written: dict[IPNetwork, IPAddress] = {}
         """What the kernel has for certain; not while it is being changed."""
@@ -71,13 +78,12 @@ class RouteWriter:
                 self._written.pop(subnet, None)
             try:
                 failed = await self._netlink.run(self._routes.apply, replaced, deleted)
+                self._settle(batch, replaced, deleted, failed)
             except OSError as error:
                 # All are written once the device is back.
                 log.warning("%s: routes cannot be written: %s", self._device, error)
-                replaced, failed = {}, []
-            for subnet in batch:
-                self.refused.pop(subnet, None)
-            self._settle(replaced, deleted, failed)
+                self._settle((), {}, deleted, [])
+            await asyncio.sleep(self._pause_seconds)
 
     async def reconcile(self) -> None:
         """Look at all routes the kernel has, and make them what all changes until now say."""
@@ -88,11 +94,9 @@ class RouteWriter:
             came, went, failed = await self._netlink.run(self._routes.sync, wanted)
         except OSError as error:
             log.error("routes on %s cannot be looked after: %s", self._device, error.strerror)
-            self._settle({}, deleted, [])
+            self._settle((), {}, deleted, [])
             return
-        still = dict(failed)
-        self.refused = {x: err for x, err in self.refused.items() if still.get(x) == err}
-        self._settle(wanted, deleted, failed)
+        self._settle(tuple(self.refused), wanted, deleted, failed)
         if came or went or not self._has_reconciled:
             log.info(
                 "Routes on %s: %d peers, %d written, %d stale removed",
@@ -110,11 +114,15 @@ class RouteWriter:
 
     def _settle(
         self,
+        tried: Iterable[IPNetwork],
         replaced: Mapping[IPNetwork, IPAddress],
         deleted: Sequence[IPNetwork],
         failed: Sequence[tuple[IPNetwork, int]],
     ) -> None:
-        """Take in what was written; another word may have come meanwhile on any of it."""
+        """Take in what was written; another word may have come meanwhile on any of it.
+
+        `tried` are those whose earlier refusals count no more, `failed` is what was refused now.
+        """
         wanted = self._wanted
         self._written |= {
             x: underlay for x, underlay in replaced.items() if wanted.get(x) == underlay
@@ -122,8 +130,9 @@ class RouteWriter:
         for subnet in deleted:
             if subnet not in wanted:
                 self._on_gone(subnet)
+        before = {x: self.refused.pop(x, None) for x in tried}
         for subnet, err in failed:
             self._written.pop(subnet, None)
-            if self.refused.get(subnet) != err:
+            if before.get(subnet) != err:
                 log.error("kernel route to %s: %s", subnet, os.strerror(err))
             self.refused[subnet] = err

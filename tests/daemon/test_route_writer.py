@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from ipaddress import IPv4Address, IPv4Network
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -56,12 +58,12 @@ class Kernel:
 class Node:
     """A writer, its slow kernel, and a FIB in front."""
 
-    def __init__(self) -> None:
+    def __init__(self, pause_seconds: float = 0) -> None:
         self.kernel = Kernel()
         self.wanted: dict[IPNetwork, IPAddress] = {}
         self.fib: set[IPNetwork] = set()
         kernel: Any = self.kernel
-        self.writer = RouteWriter("flannel.1", kernel, kernel, self.fib.discard)
+        self.writer = RouteWriter("flannel.1", kernel, kernel, self.fib.discard, pause_seconds)
         self.looks: list[asyncio.Future[None]] = []
 
     def change(self, subnet: IPNetwork, host: IPAddress | None) -> None:
@@ -134,6 +136,41 @@ async def test_what_comes_while_the_kernel_is_busy_goes_at_once_afterwards() -> 
         await node.settle()
         ((_, _, batch),) = node.kernel.work
         assert batch == ({SUBNETS[1]: HOSTS[1], SUBNETS[2]: HOSTS[0]}, [])
+
+
+async def test_what_comes_soon_after_a_batch_goes_in_one() -> None:
+    node = Node(pause_seconds=0.05)
+    with node.running():
+        for subnet in SUBNETS:
+            node.change(subnet, HOSTS[0])
+            await node.settle()
+            node.kernel.turn()
+            await node.settle()
+        assert node.kernel.routes == {SUBNETS[0]: HOSTS[0]}
+        deadline = time.monotonic() + 5
+        while not node.kernel.work:
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.001)
+        ((_, _, batch),) = node.kernel.work
+        assert batch == (dict.fromkeys(SUBNETS[1:], HOSTS[0]), [])
+
+
+async def test_a_refusal_is_told_once_and_forgotten_when_it_is_over(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    node = Node()
+    node.kernel.refuses.add(SUBNETS[0])
+    with node.running():
+        for host in HOSTS:
+            node.change(SUBNETS[0], host)
+            await node.finish()
+            node.look()
+            await node.finish()
+        assert node.writer.refused == {SUBNETS[0]: 22}
+        assert caplog.text.count("kernel route to") == 1
+        node.change(SUBNETS[0], None)
+        await node.finish()
+        assert node.writer.refused == {}
 
 
 async def test_what_is_written_is_not_written_again_unless_it_was_refused() -> None:
