@@ -70,6 +70,7 @@ SUITES = (
             "null-uring-1thread",
             "null-packet",
             "null-packet-ring",
+            "null-xdp",
             *(f"null-queue-{size}:null=--queue={size}" for size in (500, 64)),
         ),
         (*BASIC, "tcp4-bbr", "udp64-8"),

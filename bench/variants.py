@@ -236,6 +236,7 @@ VARIANTS = {
         Variant("null-uring-1thread", "null", ("--io=uring", "--threads=1")),
         Variant("null-packet", "null", ("--io=packet", "--design=gaps")),
         Variant("null-packet-ring", "null", ("--io=packet-ring", "--design=gaps")),
+        Variant("null-xdp", "null", ("--io=xdp", "--design=gaps")),
         Variant("naive", "naive"),
         Variant("udp-backend", "udp-backend"),
         Variant("wireguard-go", "wireguard-go"),

@@ -21,6 +21,7 @@
 // uring	everything by io_uring, reads and receives as multishot (uring.c)
 // packet	out by a packet socket on the underlay, which takes GSO frames (packet.c)
 // packet-ring	the same from a ring shared with the kernel: the TUN is read into it (packet.c)
+// xdp		both ways by an AF_XDP socket, frame by frame without checksums (xdp.c)
 //
 // Common to them:
 // --design	how segments come together: `gather` leaves the payload where it was read, and
@@ -84,6 +85,8 @@ struct encap {
 	int tun;
 	enum design design;
 	size_t max_message; // bytes
+	size_t room; // bytes of a slot
+	size_t stride; // with gaps, from one segment to the next; 0: no more than they need
 	uint32_t super;
 	size_t header, mss; // of the last super-packet: the guess for gaps
 	size_t bytes; // read in this turn
@@ -141,5 +144,6 @@ void run_zerocopy(const struct options *options);
 void run_uring(const struct options *options);
 void run_packet(const struct options *options);
 void run_packet_ring(const struct options *options);
+void run_xdp(const struct options *options);
 
 #endif

@@ -2,24 +2,18 @@
 //
 // What it may save: UDP_SEGMENT computes the outer checksum while it copies, and where the device
 // has no checksum offload the kernel computes it again for each datagram; a packet socket copies
-// only. With the ring not even that is copied, as the frame's pages are what is sent. A packet
-// socket knows neither routes nor neighbours: both ends must be on one link. Decapsulation stays
-// with the UDP socket.
+// only. With the ring not even that is copied, as the frame's pages are what is sent.
+// Decapsulation stays with the UDP socket.
 //
 // The kernel hands a frame of the ring back once it let go of the super-packet, also where segments
 // still name its pages (a device with scatter-gather): the ring is sound on this wire only, which
 // copies while it cuts.
 
 #define _GNU_SOURCE
-#include <ifaddrs.h>
-#include <linux/if_arp.h>
-#include <linux/if_ether.h>
 #include <linux/if_packet.h>
-#include <netinet/ip.h>
-#include <netinet/udp.h>
 #include <sys/mman.h>
 
-#include "null.h"
+#include "outer.h"
 
 #ifndef VIRTIO_NET_HDR_GSO_UDP_L4
 #define VIRTIO_NET_HDR_GSO_UDP_L4 5
@@ -32,23 +26,21 @@ enum {
 	MAX_RING_MESSAGE = 17 * 4096 - 256, // a frame of the ring is at most 17 pages
 };
 
-struct outer {
+struct vnet_outer {
 	struct virtio_net_hdr vnet;
-	struct ethhdr ethernet;
-	struct iphdr ip;
-	struct udphdr udp;
+	struct outer outer;
 } __attribute__((packed));
 
-_Static_assert(sizeof(struct outer) == VNET_BYTES + ETH_HLEN + 20 + 8, "as they go to the wire");
+_Static_assert(sizeof(struct vnet_outer) == VNET_BYTES + sizeof(struct outer), "as it is written");
 
-enum { SLOT_IN_FRAME = FRAME_START + sizeof(struct outer) };
+enum { SLOT_IN_FRAME = FRAME_START + sizeof(struct vnet_outer) };
 
 struct packet_sender {
 	struct encap encap;
 	int wire;
 	struct outer outer; // of every message, but for lengths
 	uint8_t *slots;
-	struct outer outers[ARENA];
+	struct vnet_outer outers[ARENA];
 	struct iovec vectors[ARENA][1 + 2 * MAX_SEGMENTS];
 	struct mmsghdr mmsg[ARENA];
 	uint8_t *ring, *gathered;
@@ -56,107 +48,29 @@ struct packet_sender {
 };
 
 /**
- * find_link() - Find the device of an address
- * @options:	the addresses
- * @request:	gets its name
- */
-static void find_link(const struct options *options, struct ifreq *request)
-{
-	struct sockaddr_in local = parse_address(options->local, 0);
-	struct ifaddrs *all;
-
-	if (getifaddrs(&all))
-		fail("getifaddrs");
-	for (struct ifaddrs *at = all; at; at = at->ifa_next) {
-		struct sockaddr_in *address = (struct sockaddr_in *)at->ifa_addr;
-
-		if (address && address->sin_family == AF_INET &&
-		    address->sin_addr.s_addr == local.sin_addr.s_addr)
-			snprintf(request->ifr_name, sizeof(request->ifr_name), "%s", at->ifa_name);
-	}
-	freeifaddrs(all);
-}
-
-/**
- * fill_outer() - Make the headers that all messages begin with
- * @s:		the sender
- * @options:	the addresses
- * @udp:	a socket that is connected to the peer
- * @link:	the underlay's device
- *
- * Waits until the kernel knows the peer's MAC address.
- */
-static void fill_outer(struct packet_sender *s, const struct options *options, int udp,
-		       struct ifreq *link)
-{
-	struct sockaddr_in local = parse_address(options->local, WIRE_PORT);
-	struct sockaddr_in peer = parse_address(options->peer, WIRE_PORT);
-	struct arpreq arp = { 0 };
-
-	if (ioctl(udp, SIOCGIFHWADDR, link))
-		fail("SIOCGIFHWADDR");
-	memcpy(s->outer.ethernet.h_source, link->ifr_hwaddr.sa_data, ETH_ALEN);
-	memcpy(&arp.arp_pa, &peer, sizeof(peer));
-	memcpy(arp.arp_dev, link->ifr_name, sizeof(arp.arp_dev) - 1);
-	do {
-		send(udp, "", 0, 0);
-		usleep(10000);
-	} while (ioctl(udp, SIOCGARP, &arp) || !(arp.arp_flags & ATF_COM));
-	memcpy(s->outer.ethernet.h_dest, arp.arp_ha.sa_data, ETH_ALEN);
-	s->outer.ethernet.h_proto = htons(ETH_P_IP);
-	s->outer.ip = (struct iphdr) { .version = 4,
-				       .ihl = 5,
-				       .ttl = 64,
-				       .protocol = IPPROTO_UDP,
-				       .saddr = local.sin_addr.s_addr,
-				       .daddr = peer.sin_addr.s_addr };
-	s->outer.udp.source = s->outer.udp.dest = htons(WIRE_PORT);
-}
-
-static uint32_t add_words(uint32_t sum, const void *start, size_t bytes)
-{
-	uint16_t word;
-
-	for (size_t i = 0; i < bytes; i += sizeof(word)) {
-		memcpy(&word, (const uint8_t *)start + i, sizeof(word));
-		sum += word;
-	}
-	return sum;
-}
-
-static uint16_t fold(uint32_t sum)
-{
-	sum = (sum & 0xffff) + (sum >> 16);
-	return (uint16_t)(sum + (sum >> 16));
-}
-
-/**
  * set_outer() - Write the headers of a message
  * @s:		the sender
- * @outer:	where
+ * @to:		where
  * @message:	the message
  */
-static void set_outer(const struct packet_sender *s, struct outer *outer,
+static void set_outer(const struct packet_sender *s, struct vnet_outer *to,
 		      const struct message *message)
 {
-	size_t udp = sizeof(outer->udp) + message->bytes;
-	struct iphdr ip = s->outer.ip;
+	struct vnet_outer head = {
+		.vnet = { .flags = VIRTIO_NET_HDR_F_NEEDS_CSUM,
+			  .hdr_len = sizeof(struct outer),
+			  .csum_start = offsetof(struct outer, udp),
+			  .csum_offset = offsetof(struct udphdr, check) },
+		.outer = s->outer,
+	};
 
-	memcpy(outer, &s->outer, sizeof(*outer));
-	// A message longer than 65535 bytes is cut before anyone reads its lengths.
-	ip.tot_len = htons((uint16_t)(sizeof(ip) + udp));
-	ip.check = (uint16_t)~fold(add_words(0, &ip, sizeof(ip)));
-	outer->ip = ip;
-	outer->udp.len = htons((uint16_t)udp);
-	outer->udp.check = fold(add_words(htons(IPPROTO_UDP) + outer->udp.len, &ip.saddr, 8));
-	outer->vnet.flags = VIRTIO_NET_HDR_F_NEEDS_CSUM;
-	outer->vnet.csum_start = ETH_HLEN + sizeof(ip);
-	outer->vnet.csum_offset = offsetof(struct udphdr, check);
-	outer->vnet.hdr_len = sizeof(*outer) - VNET_BYTES;
+	set_lengths(&head.outer, message->bytes);
+	head.outer.udp.check = pseudo_sum(&head.outer);
 	if (message->segments > 1) {
-		outer->vnet.gso_type = VIRTIO_NET_HDR_GSO_UDP_L4;
-		outer->vnet.gso_size = (uint16_t)message->segment;
+		head.vnet.gso_type = VIRTIO_NET_HDR_GSO_UDP_L4;
+		head.vnet.gso_size = (uint16_t)message->segment;
 	}
+	memcpy(to, &head, sizeof(head));
 }
 
 static void encapsulate(void *sender)
@@ -195,7 +109,6 @@ static void encapsulate(void *sender)
 static struct packet_sender *open_sender(const struct options *options, int udp)
 {
 	static struct packet_sender s;
-	struct ifreq link = { 0 };
 	struct sockaddr_ll address = { .sll_family = AF_PACKET }; // protocol 0: receives nothing
 	int on = 1;
 
@@ -203,11 +116,7 @@ static struct packet_sender *open_sender(const struct options *options, int udp)
 	s.slots = malloc((size_t)READS * SLOT);
 	if (!s.slots)
 		fail("memory");
-	find_link(options, &link);
-	fill_outer(&s, options, udp, &link);
-	if (ioctl(udp, SIOCGIFINDEX, &link))
-		fail("SIOCGIFINDEX");
-	address.sll_ifindex = link.ifr_ifindex;
+	address.sll_ifindex = open_outer(&s.outer, options, udp);
 	s.wire = socket_in_netns(NULL, AF_PACKET, SOCK_RAW);
 	if (setsockopt(s.wire, SOL_PACKET, PACKET_VNET_HDR, &on, sizeof(on)) ||
 	    bind(s.wire, (struct sockaddr *)&address, sizeof(address)))
@@ -273,8 +182,9 @@ static void encapsulate_in_ring(void *sender)
 
 			if (message->vectors->iov_base != start)
 				memcpy(start, message->vectors->iov_base, message->bytes);
-			set_outer(s, (struct outer *)(start - sizeof(struct outer)), message);
-			frame->tp_len = (uint32_t)(sizeof(struct outer) + message->bytes);
+			set_outer(s, (struct vnet_outer *)(start - sizeof(struct vnet_outer)),
+				  message);
+			frame->tp_len = (uint32_t)(sizeof(struct vnet_outer) + message->bytes);
 			__atomic_store_n(&frame->tp_status, TP_STATUS_SEND_REQUEST,
 					 __ATOMIC_RELEASE);
 			if (++ready == FRAMES)

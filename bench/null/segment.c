@@ -54,6 +54,11 @@ static void set_header(uint8_t *start, const struct tag *tag, size_t header, siz
 		tcp->fin = tcp->psh = 0;
 }
 
+static size_t stride_of(const struct encap *e, size_t header, size_t mss)
+{
+	return e->stride ? e->stride : TAG_BYTES + header + mss;
+}
+
 /**
  * segment() - Cut a TCP super-packet
  * @e:		encapsulation
@@ -66,7 +71,7 @@ static void set_header(uint8_t *start, const struct tag *tag, size_t header, siz
 static void segment(struct encap *e, struct tag *tag, uint8_t *packet, size_t header,
 		    size_t payload, bool gapped)
 {
-	size_t mss = tag->gso_size, stride = TAG_BYTES + header + mss, offset = 0;
+	size_t mss = tag->gso_size, stride = stride_of(e, header, mss), offset = 0;
 	uint8_t original[MAX_HEADER];
 
 	memcpy(original, packet, header);
@@ -95,21 +100,21 @@ static void segment(struct encap *e, struct tag *tag, uint8_t *packet, size_t he
 /**
  * read_packet() - Read a packet from the TUN
  * @e:		encapsulation
- * @slot:	where to: SLOT bytes
+ * @slot:	where to
  * @gapped:	gets whether the payload lies with gaps of the guessed sizes
  *
  * Return: bytes read behind the vnet header, less than 1 when there was none
  */
 ssize_t read_packet(struct encap *e, uint8_t *slot, bool *gapped)
 {
-	size_t stride = TAG_BYTES + e->header + e->mss, count = 1;
-	uint8_t *end = slot + SLOT, *next;
+	size_t stride = stride_of(e, e->header, e->mss), count = 1;
+	uint8_t *end = slot + e->room, *next;
 	struct iovec vectors[MAX_SEGMENTS + 1];
 	ssize_t got;
 
 	*gapped = false;
 	if (e->design != GAPS || !e->mss) {
-		got = read(e->tun, slot + TAG_BYTES - VNET_BYTES, SLOT - TAG_BYTES);
+		got = read(e->tun, slot + TAG_BYTES - VNET_BYTES, e->room - TAG_BYTES);
 		return got - VNET_BYTES;
 	}
 	vectors[0] =
@@ -129,7 +134,7 @@ ssize_t read_packet(struct encap *e, uint8_t *slot, bool *gapped)
  */
 static void close_gaps(const struct encap *e, uint8_t *packet, size_t length)
 {
-	size_t gap = TAG_BYTES + e->header, done = e->header + e->mss;
+	size_t gap = stride_of(e, e->header, e->mss) - e->mss, done = e->header + e->mss;
 
 	for (size_t i = 1; done < length; i++, done += e->mss)
 		memmove(packet + done, packet + done + i * gap, e->mss);
@@ -213,6 +218,7 @@ void encap_init(struct encap *e, const struct options *options)
 	e->tun = options->tun;
 	e->design = options->design;
 	e->max_message = MAX_DATAGRAM;
+	e->room = SLOT;
 	e->flat = malloc(2 * READ_BYTES);
 	if (!e->flat)
 		fail("memory");
