@@ -2,6 +2,7 @@
 
 #define _GNU_SOURCE
 #include <arpa/inet.h>
+#include <errno.h>
 #include <netinet/ip.h>
 #include <netinet/tcp.h>
 
@@ -21,6 +22,20 @@ static void set_length(uint8_t *packet, size_t length)
 	}
 	sum = (sum & 0xffff) + (sum >> 16);
 	ip->check = (uint16_t) ~(sum + (sum >> 16));
+}
+
+/**
+ * write_now() - Write a super-packet and empty the group
+ * @tun:	the TUN
+ * @group:	with its vnet header
+ *
+ * What the TUN has no room for, or gets while it is still down (EIO), is dropped.
+ */
+void write_now(int tun, struct group *group)
+{
+	if (writev(tun, group->vectors, (int)group->count) < 0 && errno != EAGAIN && errno != EIO)
+		fail("writev");
+	group->count = 0;
 }
 
 /**

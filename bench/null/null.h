@@ -132,6 +132,7 @@ static inline bool is_full(const struct encap *e)
 
 void join_message(struct decap *d, uint8_t *bytes, size_t length, size_t datagram);
 void flush(struct decap *d);
+void write_now(int tun, struct group *group);
 
 int open_wire(const struct options *options);
 void forward(const struct options *options, int wire, void (*encapsulate)(void *sender),

@@ -1,7 +1,6 @@
 // Decapsulation by recvmmsg and writev, and who waits for what.
 
 #define _GNU_SOURCE
-#include <errno.h>
 #include <netinet/udp.h>
 #include <poll.h>
 #include <pthread.h>
@@ -63,11 +62,7 @@ static void write_group(struct decap *d)
 {
 	struct receiver *r = d->context;
 
-	// EIO: the TUN is still down.
-	if (writev(r->tun, d->group->vectors, (int)d->group->count) < 0 && errno != EAGAIN &&
-	    errno != EIO)
-		fail("writev");
-	d->group->count = 0;
+	write_now(r->tun, d->group);
 }
 
 /**

@@ -6,7 +6,6 @@
 // a chunk of its own; one copy brings it to the wire.
 
 #define _GNU_SOURCE
-#include <errno.h>
 #include <linux/bpf.h>
 #include <linux/if_link.h>
 #include <linux/if_xdp.h>
@@ -223,11 +222,7 @@ static void write_group(struct decap *d)
 {
 	struct xdp *x = d->context;
 
-	// EIO: the TUN is still down.
-	if (writev(x->tun, d->group->vectors, (int)d->group->count) < 0 && errno != EAGAIN &&
-	    errno != EIO)
-		fail("writev");
-	d->group->count = 0;
+	write_now(x->tun, d->group);
 }
 
 static void decapsulate(struct xdp *x)
