@@ -10,6 +10,7 @@ import logging
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from pyflannel.control.lease import Lease, LeasePart
 from pyflannel.dataplane.route import (
@@ -33,6 +34,15 @@ class Place:
     public_ip: IPAddress
 
 
+class _Judged(NamedTuple):
+    """What a lease says about a family, and whether and how it could be used, others aside."""
+
+    lease: Lease
+    subnet: IPNetwork | None
+    why_unusable: str | None
+    route: Route | None
+
+
 class FamilyRoutes:
     """The routes of one family; every lease given to it is a peer's and of our backend."""
 
@@ -46,6 +56,9 @@ class FamilyRoutes:
         self._port = port
         self._previous_mac: dict[bytes, MacAddress] = {}
         self._claims = _Claims()
+        self._judged: dict[bytes, _Judged] = {}
+        """Of the leases at the last `settle`, so that the next looks only at those that changed."""
+        self._judged_by: tuple[IPNetwork | None, IPAddress] | None = None
 
     def note_change(self, key: bytes, old: Lease, new: Lease) -> None:
         """Remember the MAC that packets under way still carry."""
@@ -95,22 +108,38 @@ class FamilyRoutes:
         wanted: dict[IPNetwork, Route] = {}
         quarantined: dict[bytes, str] = {}
         self._claims = _Claims()
-        for key, lease in leases:
-            part = lease.part(self.version)
-            if part is None:
+        for key, one in self._judge(leases).items():
+            if one.subnet is None:
                 continue
-            why = self._why_unusable(part) or self._claims.claim(part.subnet, key)
+            why = one.why_unusable or self._claims.claim(one.subnet, key)
             if why:
                 quarantined[key] = why
-                continue
-            route = self._route(key, part)
-            if route is not None:
-                wanted[route.subnet] = route
+            elif one.route is not None:
+                wanted[one.route.subnet] = one.route
         self.quarantined = quarantined
         changes: list[RouteChange] = [Delete(x) for x in self.routes if x not in wanted]
         changes += [Replace(x) for x in wanted.values() if self.routes.get(x.subnet) != x]
         self.routes = wanted
         return tuple(changes)
+
+    def _judge(self, leases: Iterable[tuple[bytes, Lease]]) -> Mapping[bytes, _Judged]:
+        """Judge each lease by itself, in their order, unless that is done and holds."""
+        by = (self.own_subnet, self.own_public_ip)
+        before = self._judged if by == self._judged_by else {}
+        self._judged_by, self._judged = by, {}
+        for key, lease in leases:
+            known = before.get(key)
+            if known is None or known.lease is not lease:
+                known = self._judge_one(key, lease)
+            self._judged[key] = known
+        return self._judged
+
+    def _judge_one(self, key: bytes, lease: Lease) -> _Judged:
+        part = lease.part(self.version)
+        if part is None:
+            return _Judged(lease, None, None, None)
+        why = self._why_unusable(part)
+        return _Judged(lease, part.subnet, why, None if why else self._route(key, part))
 
     def _route(self, key: bytes, part: LeasePart) -> Route | None:
         """Return the route to a peer, None until it has published address and MAC."""

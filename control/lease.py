@@ -11,6 +11,7 @@ import posixpath
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from ipaddress import AddressValueError, IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import Any
 
@@ -18,6 +19,8 @@ from pyflannel.dataplane.route import IPAddress, IPNetwork, MacAddress
 
 BACKEND_TYPE = "vxlan"
 LEASE_TTL_SECONDS = 86400
+KEYS_REMEMBERED = 1 << 14
+"""A start reads all keys twice, and each event repeats one."""
 
 _KEY = re.compile(
     r"(?P<v4>[0-9]{1,3}(?:\.[0-9]{1,3}){3})-(?P<v4_length>[0-9]{1,2})"
@@ -159,6 +162,7 @@ def lease_key(prefix: str, subnet: LeaseSubnet) -> str:
     return f"{subnets_prefix(prefix)}/{subnet}"
 
 
+@lru_cache(maxsize=KEYS_REMEMBERED)
 def parse_subnet_key_untrusted(key: str) -> LeaseSubnet:
     """Read the last component of a lease key; BadLease otherwise (spec section 4.1)."""
     match = _KEY.fullmatch(key.rsplit("/", 1)[-1])
@@ -178,6 +182,9 @@ def parse_subnet_key_untrusted(key: str) -> LeaseSubnet:
 def fold_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Make a JSON object with lower-case keys, the last of equal ones; as Go reads JSON."""
     return {key.lower(): value for key, value in pairs}
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=fold_keys)
 
 
 def _parse_vtep(value: Any, name: str) -> Vtep | None:
@@ -204,7 +211,7 @@ def _parse_vtep(value: Any, name: str) -> Vtep | None:
 def parse_lease_attributes_untrusted(value: bytes) -> LeaseAttributes:
     """Read a lease's JSON value; BadLease otherwise."""
     try:
-        parsed = json.loads(value, object_pairs_hook=fold_keys)
+        parsed = _DECODER.decode(value.decode())
     except (ValueError, RecursionError):
         raise BadLease("the value is not JSON") from None
     if not isinstance(parsed, dict):
