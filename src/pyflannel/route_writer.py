@@ -18,7 +18,7 @@ from pyflannel.dataplane.route import IPAddress, IPNetwork
 
 log = logging.getLogger(__name__)
 
-PAUSE_SECONDS = 0.05
+PAUSE_SECONDS = 0.2
 """After a batch: one for every few routes would make the thread that writes take turns with the one
 that reads what etcd says, which then falls behind at 1,000 changes a second.
 """
