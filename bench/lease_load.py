@@ -4,7 +4,8 @@
 another MAC, a quarter another address, a quarter goes and comes back at its next turn.
 `probe TIMES INTERVAL` changes the MAC of one lease of its own, sends packets to its subnet from the
 node's side, and takes the time from etcd's acknowledgement to the first frame on eth0 that carries
-the new MAC. `ttl TIMES` asks for leases' time to live, one after the other.
+the new MAC, and to the event of a watch of that lease alone. `ttl TIMES` asks for leases' time to
+live, one after the other.
 Each prints one JSON object.
 """
 
@@ -18,12 +19,18 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Awaitable
+from collections.abc import AsyncIterator, Awaitable
 from ipaddress import IPv4Address, IPv4Network
 from typing import Any
 
 from pyflannel.control.etcd3_stubs import call, message
-from pyflannel.control.lease import LeaseAttributes, LeaseSubnet, Vtep, lease_key
+from pyflannel.control.lease import (
+    LeaseAttributes,
+    LeaseSubnet,
+    Vtep,
+    lease_key,
+    parse_lease_attributes_untrusted,
+)
 from pyflannel.control.quiet_grpc import grpc
 from pyflannel.dataplane.route import DEFAULT_PORT, MacAddress
 from tests.lab.hosts import ETCD_PORT, LEASES_BASE, PREFIX, SWITCH_ADDRESS, UNREACHED_BASE
@@ -44,18 +51,38 @@ class Store:
     def __init__(self, channel: Any) -> None:
         self._put = call(channel, "KV", "Put")
         self._delete = call(channel, "KV", "DeleteRange")
+        self._watch = call(channel, "Watch", "Watch")
         self.time_to_live = call(channel, "Lease", "LeaseTimeToLive")
 
     async def put(self, subnet: LeaseSubnet, address: IPv4Address, mac: int) -> None:
         """Write a lease; returns when etcd has acknowledged it."""
-        vtep = Vtep(MacAddress(b"\x0a" + mac.to_bytes(5, "big")), 1)
-        value = LeaseAttributes(address, None, "vxlan", vtep).to_json()
+        value = LeaseAttributes(address, None, "vxlan", Vtep(_mac(mac), 1)).to_json()
         key = lease_key(PREFIX, subnet).encode()
         await self._put(message("PutRequest")(key=key, value=value))
 
     async def delete(self, subnet: LeaseSubnet) -> None:
         """Delete a lease."""
         await self._delete(message("DeleteRangeRequest")(key=lease_key(PREFIX, subnet).encode()))
+
+    async def watch(self, subnet: LeaseSubnet) -> AsyncIterator[MacAddress]:
+        """Watch a lease from now on; the iterator has its MAC each time that it is put."""
+        create = message("WatchCreateRequest")(key=lease_key(PREFIX, subnet).encode())
+        stream = self._watch()
+        await stream.write(message("WatchRequest")(create_request=create))
+        assert (await stream.read()).created
+
+        async def macs() -> AsyncIterator[MacAddress]:
+            while True:
+                for event in (await stream.read()).events:
+                    vtep = parse_lease_attributes_untrusted(event.kv.value).vtep
+                    assert vtep is not None
+                    yield vtep.mac
+
+        return macs()
+
+
+def _mac(number: int) -> MacAddress:
+    return MacAddress(b"\x0a" + number.to_bytes(5, "big"))
 
 
 def _subnet(number: int) -> LeaseSubnet:
@@ -73,23 +100,31 @@ def _change(store: Store, number: int, gone: set[int], chance: random.Random) ->
 
 
 async def churn(store: Store, rate: float, seconds: float, leases: int) -> dict[str, float]:
-    """Change leases at a rate; the order of changes to one lease does not matter here."""
+    """Change leases at a rate; the order of changes to one lease does not matter here.
+
+    `per_second` are those that etcd has acknowledged within the time, `latest` is the longest time
+    in seconds from when a change was due to its acknowledgement.
+    """
     chance, gone = random.Random(1), set[int]()
     free = asyncio.Semaphore(IN_FLIGHT)
     running: list[asyncio.Future[None]] = []
-    began, sent = time.monotonic(), 0
+    began, sent, acknowledged, latest = time.monotonic(), 0, 0, 0.0
 
-    async def change(number: int) -> None:
+    async def change(number: int, due: float) -> None:
+        nonlocal acknowledged, latest
         async with free:
             await _change(store, number, gone, chance)
+        passed = time.monotonic() - began
+        acknowledged += passed <= seconds
+        latest = max(latest, passed - due)
 
     while (passed := time.monotonic() - began) < seconds:
         while sent < passed * rate:
-            running.append(asyncio.ensure_future(change(chance.randrange(leases))))
+            running.append(asyncio.ensure_future(change(chance.randrange(leases), sent / rate)))
             sent += 1
         await asyncio.sleep(0.001)
     await asyncio.gather(*running)
-    return {"changes": sent, "per_second": sent / (time.monotonic() - began)}
+    return {"changes": sent, "per_second": acknowledged / seconds, "latest": latest}
 
 
 class Packets:
@@ -124,7 +159,7 @@ class Packets:
 
     def first(self, mac: int) -> float | None:
         """Return when the first frame for a VTEP was seen."""
-        return self._seen.get(b"\x0a" + mac.to_bytes(5, "big"))
+        return self._seen.get(_mac(mac).octets)
 
     def close(self) -> None:
         """End."""
@@ -135,21 +170,33 @@ class Packets:
 
 
 async def probe(store: Store, times: int, interval: float) -> dict[str, list[float]]:
-    """Return the latencies of so many changes, in seconds; TimeoutError when one never comes."""
-    packets, latencies = Packets(), []
+    """Return the latencies of so many changes, in seconds; TimeoutError when one never comes.
+
+    `told` are those of etcd's events alone, negative where one overtook the acknowledgement.
+    """
+    packets, latencies, told = Packets(), [], []
+    events: dict[MacAddress, float] = {}
+
+    async def listen(macs: AsyncIterator[MacAddress]) -> None:
+        async for mac in macs:
+            events.setdefault(mac, time.monotonic())
+
+    listening = asyncio.ensure_future(listen(await store.watch(PROBED)))
     try:
         for number in range(times):
             await store.put(PROBED, UNREACHED_BASE, number)
             acknowledged = time.monotonic()
-            while (seen := packets.first(number)) is None:
+            while (seen := packets.first(number)) is None or _mac(number) not in events:
                 if time.monotonic() > acknowledged + PROBE_SECONDS:
                     raise TimeoutError(f"change {number} is in no packet")
                 await asyncio.sleep(0.001)
             latencies.append(seen - acknowledged)
+            told.append(events[_mac(number)] - acknowledged)
             await asyncio.sleep(interval * random.random() * 2)
     finally:
+        listening.cancel()
         packets.close()
-    return {"latencies": latencies}
+    return {"latencies": latencies, "told": told}
 
 
 async def time_to_live(store: Store, times: int) -> dict[str, float]:
