@@ -247,10 +247,13 @@ class Handover:
             raise Refusal("another successor is on its way")
         self._reloading = True
         arguments = [word for word in sys.argv[1:] if word.lstrip("-") != "takeover"]
+        # It names us; with it the successor would leave the watchdog hungry.
+        environ = {key: value for key, value in os.environ.items() if key != "WATCHDOG_PID"}
         try:
             child = subprocess.Popen(
                 [sys.executable, "-m", "pyflannel", *arguments, "--takeover"],
                 stdin=subprocess.DEVNULL,
+                env=environ,
             )
             while not self._is_handed_over:
                 if child.poll() is not None:

@@ -3,7 +3,8 @@
 It reads units and their drop-ins, starts what they want, passes a socket, waits for READY=1,
 follows MAINPID=, reloads by ExecReload=, sends signals. What it leaves out of systemd: confinement
 (users, capabilities, mounts), the watchdog, restarts after a failure, descriptors kept for a
-service. A service ends with the process namespace at the latest.
+service. A service ends with the process namespace at the latest. tests/lab/booted.py boots a real
+systemd.
 """
 
 from __future__ import annotations

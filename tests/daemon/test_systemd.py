@@ -1,0 +1,219 @@
+"""The unit of deploy/ under a real systemd, which is process 1 of the first host.
+
+c1 -- h1 (systemd, ours) -----+
+                              +-- switch, etcd
+c2 -- h2 (kernel vxlan) ------+
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from ipaddress import IPv4Network
+
+import pytest
+
+from tests.lab.booted import SERVICE, UNIT, Booted, booted
+from tests.lab.flows import flows
+from tests.lab.hosts import (
+    CONFIG,
+    ETCD_PORT,
+    SWITCH_ADDRESS,
+    Lab,
+    container_address,
+    lab,
+    ping,
+    wait_until,
+)
+from tests.lab.kernel_node import program_kernel_node, start_kernel_node
+from tests.lab.require import require_program, require_root
+
+pytestmark = pytest.mark.alone
+
+KERNEL_SUBNET, KERNEL_MAC = IPv4Network("10.244.60.0/24"), "0a:00:00:00:00:60"
+SETTINGS = f"""
+FLANNELD_ETCD_ENDPOINTS=http://{SWITCH_ADDRESS}:{ETCD_PORT}
+FLANNELD_IP_MASQ=true
+PYFLANNEL_UDP_OPTIONS=--iface eth0
+"""
+PACKETS_PER_SECOND = 500
+WATCHDOG_SECONDS = 3
+CAP_NET_ADMIN, CAP_NET_RAW, CAP_SYS_NICE = 12, 13, 23
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[tuple[Lab, Booted]]:
+    require_root()
+    for program in ("etcd", "etcdctl", "ethtool", "ip", "iptables", "journalctl", "nft",
+                    "nsenter", "ping", "setpriv", "systemctl", "unshare"):  # fmt: skip
+        require_program(program)
+    with lab(2) as made:
+        made.put_config()
+        first, second = made.hosts
+        start_kernel_node(made, second, KERNEL_SUBNET, KERNEL_MAC, flags=("noudpcsum",))
+        with booted(first, SETTINGS) as node:
+            node.systemctl("start", SERVICE)
+            first.subnet_file.write_text(node.path("/run/flannel/subnet.env").read_text())
+            program_kernel_node(made, second)
+            for host in made.hosts:
+                made.add_container(host)
+            wait_until(lambda: _reaches(made), "a ping")
+            yield made, node
+
+
+def _reaches(made: Lab) -> bool:
+    first, second = made.hosts
+    assert first.container is not None
+    return ping(first.container, container_address(second))
+
+
+def _state(made: Lab, node: Booted) -> object:
+    """What no restart may change."""
+    host = made.hosts[0]
+    (link,) = json.loads(host.ip("-d", "-j", "addr", "show", "flannel.1"))
+    addresses = [entry["local"] for entry in link["addr_info"]]
+    subnet_env = node.path("/run/flannel/subnet.env").read_text()
+    routes = host.ip("route").replace(" linkdown", "")
+    return made.leases(), routes, link["ifindex"], addresses, subnet_env
+
+
+def _main(node: Booted) -> int:
+    return int(node.show("MainPID"))
+
+
+def _is_ready_again(node: Booted, restarts: int) -> bool:
+    shown = node.systemctl("show", "-p", "NRestarts,SubState", SERVICE)
+    return "SubState=running" in shown and f"NRestarts={restarts}\n" in shown
+
+
+def _away_seconds(node: Booted) -> float:
+    """How long nobody served at the last restart, by systemd's clock."""
+    began = int(node.show("InactiveExitTimestampMonotonic"))
+    left, ready = (int(node.show(f"Active{x}TimestampMonotonic")) for x in ("Exit", "Enter"))
+    assert left <= began <= ready
+    return (ready - left) / 1e6
+
+
+def test_it_is_ready_when_the_start_returns(nodes: tuple[Lab, Booted]) -> None:
+    _, node = nodes
+    log = node.journal()
+    assert log.index("Running backend.") < log.index(f"Started {SERVICE}.service")
+    shown = node.systemctl("show", "-p", "ActiveState,NRestarts,Result,Type", SERVICE).split()
+    assert sorted(shown) == ["ActiveState=active", "NRestarts=0", "Result=success", "Type=notify"]
+    assert int(node.show("NFileDescriptorStore")) >= 2
+    assert not re.search(r"denied|not permitted|Failed to|Unknown key", log)
+
+
+def test_it_does_its_work_within_its_confinement(nodes: tuple[Lab, Booted]) -> None:
+    made, node = nodes
+    rules = made.hosts[0].exec("iptables-save")
+    assert "MASQUERADE --random-fully" in rules
+    assert "-j FLANNEL-FWD" in rules
+    status = dict(
+        line.split(":\t", 1)
+        for line in node.run("cat", f"/proc/{_main(node)}/status").splitlines()
+        if ":\t" in line
+    )
+    assert status["Uid"].split()[0] != "0"
+    wanted = 1 << CAP_NET_ADMIN | 1 << CAP_NET_RAW | 1 << CAP_SYS_NICE
+    for kind in ("CapEff", "CapBnd"):
+        assert int(status[kind], 16) == wanted
+    assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2")
+    root = f"/proc/{_main(node)}/root"
+    node.run("touch", "/tmp/of-the-host")
+    assert "of-the-host" not in node.run("ls", f"{root}/tmp")
+    mounts = node.run("cat", f"/proc/{_main(node)}/mountinfo")
+    assert re.search(r" / / ro,", mounts)
+    program = f"/opt/pyflannel/bin/{SERVICE}"
+    assert re.search(r"(?m)^ *state +ready", node.run(program, "status"))
+    assert str(made.hosts[1].address) in node.run(program, "peers")
+
+
+def test_reload_is_a_takeover_that_loses_nothing(nodes: tuple[Lab, Booted]) -> None:
+    made, node = nodes
+    old, before = _main(node), _state(made, node)
+    with flows(made, PACKETS_PER_SECOND) as counts:
+        node.systemctl("reload", SERVICE)
+    assert _main(node) not in (0, old)
+    assert node.show("ActiveState") == "active"
+    assert node.show("NRestarts") == "0"
+    assert _state(made, node) == before
+    for count in counts:
+        assert count.sent > 0
+        assert (count.lost, count.duplicate, count.reordered) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("way", ["killed", "restart"])
+def test_packets_queue_while_it_is_away(nodes: tuple[Lab, Booted], way: str) -> None:
+    made, node = nodes
+    old, before = _main(node), _state(made, node)
+    restarts = int(node.show("NRestarts"))
+    kept = int(node.show("NFileDescriptorStore"))
+    with flows(made, PACKETS_PER_SECOND) as counts:
+        if way == "killed":
+            node.systemctl("kill", "--kill-whom=main", "--signal=KILL", SERVICE)
+            wait_until(lambda: _is_ready_again(node, restarts + 1), "it runs again")
+        else:
+            node.systemctl("restart", SERVICE)
+    print(f"{way}: {_away_seconds(node):.2f} s away, {counts}")
+    assert _main(node) not in (0, old)
+    assert int(node.show("NFileDescriptorStore")) == kept
+    assert _state(made, node) == before
+    # What was between the two queues at that moment goes with a process that is killed.
+    for count in counts:
+        assert count.sent > 0
+        assert count.lost <= (1 if way == "killed" else 0)
+        assert (count.duplicate, count.reordered) == (0, 0)
+
+
+def test_the_watchdog_is_fed_and_ends_one_that_hangs(nodes: tuple[Lab, Booted]) -> None:
+    made, node = nodes
+    before = _state(made, node)
+    drop_in = node.path(f"/etc/systemd/system/{UNIT}.d/watchdog.conf")
+    drop_in.parent.mkdir()
+    drop_in.write_text(f"[Service]\nWatchdogSec={WATCHDOG_SECONDS}\n")
+    node.systemctl("daemon-reload")
+    node.systemctl("restart", SERVICE)
+    restarts = int(node.show("NRestarts"))
+    node.systemctl("reload", SERVICE)
+    successor = _main(node)
+    # MAINPID= counts as a sign of life as well, so the second one is surely the successor's own.
+    seen = {node.show("WatchdogTimestampMonotonic")}
+
+    def is_fed() -> bool:
+        seen.add(node.show("WatchdogTimestampMonotonic"))
+        return len(seen) > 2
+
+    wait_until(is_fed, "the successor feeds the watchdog", 2 * WATCHDOG_SECONDS)
+    assert _main(node) == successor
+    node.systemctl("kill", "--kill-whom=main", "--signal=STOP", SERVICE)
+    wait_until(lambda: _is_ready_again(node, restarts + 1), "it runs again")
+    assert _main(node) not in (0, successor)
+    assert "Watchdog timeout (limit 3s)!" in node.journal()
+    assert _state(made, node) == before
+    wait_until(lambda: _reaches(made), "a ping")
+
+
+def test_nftables_within_its_confinement(nodes: tuple[Lab, Booted]) -> None:
+    made, node = nodes
+    host = made.hosts[0]
+    made.put_config(CONFIG.replace('"Network"', '"EnableNFTables":true,"Network"'))
+    try:
+        node.systemctl("restart", SERVICE)
+        wait_until(lambda: "flannel-ipv4" in host.exec("nft", "list", "tables"), "the table")
+        assert "masquerade" in host.exec("nft", "list", "table", "ip", "flannel-ipv4")
+        assert "FLANNEL-FWD" not in host.exec("iptables-save")
+    finally:
+        made.put_config()
+
+
+def test_it_stops_cleanly_and_leaves_the_device(nodes: tuple[Lab, Booted]) -> None:
+    made, node = nodes
+    before = _state(made, node)
+    node.systemctl("stop", SERVICE)
+    shown = node.systemctl("show", "-p", "ActiveState,ExecMainStatus,Result", SERVICE).split()
+    assert sorted(shown) == ["ActiveState=inactive", "ExecMainStatus=0", "Result=success"]
+    assert node.show("NFileDescriptorStore") == "0"
+    assert _state(made, node) == before
+    assert not node.path("/run/flannel/pyflannel-1.sock").exists()
