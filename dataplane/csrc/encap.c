@@ -58,12 +58,13 @@ static void drop(struct encap_side *side, int reason, size_t packets)
  */
 static ssize_t read_packet(const struct tun_queue *queue, uint8_t *at, struct vnet_header *vnet)
 {
-	struct iovec iov[2 + READ_SEGMENTS] = { { vnet, sizeof(*vnet) } };
+	struct iovec iov[2 + READ_SEGMENTS];
 	size_t length = queue->size ? queue->headers + queue->size : PACKET_MAX;
 	size_t left = PACKET_MAX;
 	int count = 1;
 	ssize_t got;
 
+	iov[0] = (struct iovec) { vnet, sizeof(*vnet) };
 	while (left) {
 		if (count == 1 + READ_SEGMENTS || length > left)
 			length = left;
