@@ -31,7 +31,10 @@ static uint16_t fold(uint64_t sum)
 	return (uint16_t)((sum & 0xffff) + (sum >> 16));
 }
 
-/* Sum of the 32-bit words of whole blocks, low and high ones apart so that no carry is lost. */
+/*
+ * Sum of the 32-bit words of whole blocks, low and high ones apart so that no carry is lost: a lane
+ * has room for 2^32 words.
+ */
 VECTOR_CLONES
 static uint64_t sum_blocks(const uint8_t *octet, size_t blocks)
 {
@@ -49,24 +52,39 @@ static uint64_t sum_blocks(const uint8_t *octet, size_t blocks)
 		sum[3] += b >> 32;
 	}
 	sum[0] += sum[1] + sum[2] + sum[3];
-	return (uint64_t)fold(sum[0][0]) + fold(sum[0][1]) + fold(sum[0][2]) + fold(sum[0][3]);
+	return sum[0][0] + sum[0][1] + sum[0][2] + sum[0][3];
 }
 
 static uint64_t sum_bytes(const uint8_t *octet, size_t length)
 {
 	size_t blocks = length / BLOCK_BYTES;
 	uint64_t sum = blocks ? sum_blocks(octet, blocks) : 0;
+	uint64_t wide;
 	uint32_t word;
+	uint16_t half;
 
 	octet += blocks * BLOCK_BYTES;
 	length -= blocks * BLOCK_BYTES;
-	for (; length >= sizeof(word); octet += sizeof(word), length -= sizeof(word)) {
+	for (; length >= sizeof(wide); octet += sizeof(wide), length -= sizeof(wide)) {
+		memcpy(&wide, octet, sizeof(wide));
+		sum += (wide & UINT32_MAX) + (wide >> 32);
+	}
+	if (length & sizeof(word)) {
 		memcpy(&word, octet, sizeof(word));
 		sum += word;
+		octet += sizeof(word);
 	}
-	word = 0;
-	memcpy(&word, octet, length);
-	return sum + word;
+	if (length & sizeof(half)) {
+		memcpy(&half, octet, sizeof(half));
+		sum += half;
+		octet += sizeof(half);
+	}
+	if (length & 1) {
+		half = 0;
+		memcpy(&half, octet, 1);
+		sum += half;
+	}
+	return sum;
 }
 
 /**
@@ -80,7 +98,7 @@ void checksum_add(struct checksum *checksum, const void *bytes, size_t length)
 	uint64_t sum = sum_bytes(bytes, length);
 
 	/* A sum that began in the middle of a word has its bytes the other way round. */
-	checksum->sum += checksum->odd ? __builtin_bswap16(fold(sum)) : fold(sum);
+	checksum->sum += checksum->odd ? __builtin_bswap16(fold(sum)) : sum;
 	checksum->odd ^= length & 1;
 }
 
