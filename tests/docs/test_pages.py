@@ -16,11 +16,14 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
+import pyflannel
 from pyflannel.flags import FLAGS
+from pyflannel.host_watch import HOST, HOST_V6
 from pyflannel.usage import SUBCOMMANDS
 from tests.docs.page import Block, blocks
 from tests.lab.etcd import EtcdCluster
@@ -166,6 +169,20 @@ def test_flags_variables_and_commands_that_pages_name_exist() -> None:
         assert set(re.findall(r"`(--[a-z][a-z-]+)", text)) <= flags, path.name
         assert set(re.findall(r"\bFLANNELD_[A-Z_]+[A-Z]", text)) <= variables, path.name
         assert set(re.findall(r"`pyflannel-udp ([a-z][a-z-]+)", text)) <= names, path.name
+
+
+def test_every_reason_not_to_be_ready_is_explained() -> None:
+    """A reason is a constant of the module that says it; HostWatch's are one for each family."""
+    given = {"starting", HOST, HOST_V6}
+    folder = Path(pyflannel.__file__).parent
+    for path in (*folder.glob("*.py"), *folder.glob("*/*.py")):
+        for name in re.findall(r"eadiness\.set\(\s*([A-Z_]+),", path.read_text()):
+            module = ".".join(path.relative_to(folder).with_suffix("").parts)
+            given.add(getattr(import_module(f"pyflannel.{module}"), name))
+    assert len(given) > 3
+    told = (ROOT / "docs" / "troubleshoot.md").read_text()
+    table = told.split("| reason | meaning |")[1].split("\n\n")[0]
+    assert set(re.findall(r"`([a-z0-9-]+)`", table)) == given
 
 
 def test_links_lead_somewhere() -> None:
