@@ -26,6 +26,7 @@ from tests.lab.hosts import (
     Host,
     Lab,
     lab,
+    narrowed,
     wait_until,
 )
 from tests.lab.kernel_node import program_kernel_node, start_kernel_node
@@ -316,15 +317,8 @@ def test_two_hosts_with_one_public_ip(made: Lab, patient: Host) -> None:
 
 def test_a_smaller_mtu_on_the_way_is_measured(made: Lab, patient: Host) -> None:
     other = made.hosts[1]
-    made.switch.ip("link", "set", "br0", "mtu", "1500")
-    other.ip("link", "set", "eth0", "mtu", "1400")
-    made.switch.ip("link", "set", other.name.rsplit("-", 1)[1], "mtu", "1400")
-    try:
+    with narrowed(made, other, 1400):
         code, found = _doctor(patient)
-    finally:
-        other.ip("link", "set", "eth0", "mtu", "1500")
-        made.switch.ip("link", "set", other.name.rsplit("-", 1)[1], "mtu", "1500")
-        made.switch.ip("link", "set", "br0", "mtu", "1500")
     assert code == 1
     (sentence,) = _amiss(found)["path-mtu"]
     assert f"the way to {other.address} carries packets of 1400 bytes at most, not 1500" == sentence

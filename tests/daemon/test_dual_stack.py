@@ -34,6 +34,7 @@ from tests.lab.hosts import (
     Namespace,
     container_address,
     lab,
+    narrowed,
     ping,
     wait_until,
 )
@@ -241,6 +242,19 @@ def test_doctor_finds_nothing_amiss_where_both_families_are_well(made: Lab) -> N
     found = _doctor(made.hosts[0])
     assert {"ipv6", "path-mtu", "vteps"} <= found.keys()
     assert not any(found.values()), found
+
+
+def test_doctor_measures_a_smaller_mtu_on_the_way_over_both_families(made: Lab) -> None:
+    host, kernel = made.hosts[0], made.hosts[2]
+    with narrowed(made, kernel, 1403):
+        found = _doctor(host)["path-mtu"]
+    assert found == [
+        (
+            f"the way to {address} carries packets of 1403 bytes at most, not 1500",
+            "raise the MTU on the way, or set Backend.MTU to 1403 in etcd",
+        )
+        for address in (kernel.address, kernel.address_v6)
+    ]
 
 
 def test_doctor_finds_what_is_amiss_with_ipv6(made: Lab) -> None:

@@ -474,6 +474,24 @@ def lab(hosts: int, underlay: Underlay = WIRE_SIZED, *, dual_stack: bool = False
             signal.signal(number, action)
 
 
+@contextmanager
+def narrowed(made: Lab, host: Host, mtu: int) -> Iterator[None]:
+    """Let a host's way to the switch, not the switch's other ends, carry `mtu` bytes at most."""
+    port = host.name.rsplit("-", 1)[1]
+
+    def narrow(size: str) -> None:
+        host.ip("link", "set", "eth0", "mtu", size)
+        made.switch.ip("link", "set", port, "mtu", size)
+
+    # A bridge takes the smallest of its ports unless it is told one.
+    made.switch.ip("link", "set", "br0", "mtu", "1500")
+    narrow(str(mtu))
+    try:
+        yield
+    finally:
+        narrow("1500")
+
+
 def container_address(host: Host, version: int = 4) -> IPAddress:
     """Return the address of the container behind a host."""
     return ip_interface(host.subnet_env()[SUBNET_VARIABLES[version]]).ip + 1
