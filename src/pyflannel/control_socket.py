@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import fnmatch
 import json
 import logging
 import os
@@ -207,7 +208,13 @@ def find_socket(folder: Path, vni: int | None) -> Path:
     """Return the socket of the daemon of a VNI, or of the only one; Refusal otherwise."""
     if vni is not None:
         return socket_path(folder, vni)
-    found = sorted(folder.glob("pyflannel-*.sock"))
+    try:
+        names = fnmatch.filter(os.listdir(folder), "pyflannel-*.sock")
+        found = sorted(folder / name for name in names)
+    except PermissionError:
+        raise Refusal(f"{folder}: may not be read; run the command as root") from None
+    except OSError:
+        found = []
     if not found:
         raise Refusal(
             f"no pyflannel-udp runs here: there is no pyflannel-<VNI>.sock in {folder}; start it, "

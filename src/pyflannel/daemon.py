@@ -57,7 +57,12 @@ from pyflannel.reload import follow_config, reload_when_told
 from pyflannel.suspects import report_suspects
 from pyflannel.takeover import Handover, Predecessor
 from pyflannel.traffic import Traffic
-from pyflannel.underlying import choose_underlay, device_name, remove_kernel_device
+from pyflannel.underlying import (
+    choose_underlay,
+    device_name,
+    remove_idle_devices,
+    remove_kernel_device,
+)
 
 log = logging.getLogger(__name__)
 
@@ -251,6 +256,7 @@ class Daemon:
     ) -> OwnIdentity:
         """Open the overlay of each family; return who we are to the others."""
         options, each = self._options, self._overlays.each
+        await remove_idle_devices(netlink, config)
         macs = []
         for underlying in await choose_underlay(options, netlink, config):
             name = device_name(underlying.version, config.backend.vni)

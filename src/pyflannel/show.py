@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -61,7 +62,7 @@ def _leases(command: Command) -> Any:
         path = find_socket(command.options.control_dir, command.vni)
     except Refusal:
         path = None
-    if path is not None and path.exists():
+    if path is not None and os.path.exists(path):  # False where we may not look
         return ask(path, "leases")
     # gRPC is needed here only.
     from pyflannel.control.lease_list import read_leases

@@ -142,9 +142,12 @@ class Traffic:
             amiss |= await self._firewall.ensure(
                 rules, [other for other in old if other.version == rules.version]
             )
-        if self._nftables and all(network.version == 4 for network, _ in self._pairs):
-            # flannel makes the table of the other family too, empty.
-            amiss |= await self._firewall.ensure(TrafficRules(6), ())
+        # A network may have lost a family. flannel makes nftables its table all the same, empty.
+        others = {6} if self._nftables else {rules.version for rules in old}
+        for version in others - {network.version for network, _ in self._pairs}:
+            amiss |= await self._firewall.ensure(
+                TrafficRules(version), [other for other in old if other.version == version]
+            )
         return amiss
 
     async def _blackhole(self) -> None:

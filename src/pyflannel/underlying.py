@@ -135,3 +135,14 @@ async def remove_kernel_device(
     await netlink.delete_link(device)
     log.warning("deleted the kernel vxlan device %s (--replace-kernel-device)", device)
     return link.mac
+
+
+async def remove_idle_devices(netlink: Netlink, config: NetworkConfig) -> None:
+    """Delete what we left for a family that the network has no more, its routes with it."""
+    used = [subnets.network.version for subnets in config.ranges]
+    for version in _DEVICE:
+        device = device_name(version, config.backend.vni)
+        link = await netlink.link(device) if version not in used else None
+        if link is not None and link.kind == "tun":
+            await netlink.delete_link(device)
+            log.warning("deleted %s: the network config has no IPv%d now", device, version)

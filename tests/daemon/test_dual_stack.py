@@ -444,3 +444,19 @@ def test_a_host_gets_ipv6_beside_the_ipv4_subnet_it_has(made: Lab) -> None:
     assert found["why"] == (
         f"sent straight to {h2.address_v6} by eth0, on the same link (DirectRouting)"
     )
+
+
+def test_a_network_without_ipv6_again_leaves_nothing_of_it_on_the_host() -> None:
+    require_root()
+    with lab(1, dual_stack=True) as made:
+        (host,) = made.hosts
+        made.put_config(CONFIG)
+        index = made.start_daemon(host, "--ip-masq")
+        rules = host.exec("ip6tables-save")
+        assert "FLANNEL-POSTRTG" in rules and "flannel-v6.1" in host.ip("link")
+        host.stop(index)
+        made.put_config()
+        made.start_daemon(host, "--ip-masq")
+        assert "flannel-v6.1" not in host.ip("link") and "flannel.1" in host.ip("link")
+        assert "deleted flannel-v6.1: the network config has no IPv6 now" in host.log.read_text()
+        assert "FLANNEL" not in host.exec("ip6tables-save")

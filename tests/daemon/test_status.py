@@ -65,6 +65,40 @@ def _command(host: Host, *words: str) -> tuple[int, str, str]:
     return done.returncode, done.stdout, done.stderr
 
 
+NOBODY = """\
+import os, sys
+from pyflannel import cli, show  # while Python's own files may be read
+os.setgroups([]), os.setgid(65534), os.setuid(65534)
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def _as_nobody(*words: str) -> tuple[int, str, str]:
+    """Run a sub-command without rights; return exit code, output, errors."""
+    done = subprocess.run(
+        [sys.executable, "-c", NOBODY, *words], capture_output=True, text=True, timeout=60
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("words", [("status",), ("peers",), ("trace", "10.244.9.9"), ("reload",)])
+def test_who_may_not_open_the_socket_is_told_so(made: Lab, words: tuple[str, ...]) -> None:
+    folder = made.hosts[0].folder
+    flags = ("--control-dir", str(folder))
+    # The lab's folder is root's alone, as /run/flannel is of a unit with DynamicUser.
+    refused = f"pyflannel-udp {words[0]}: {{}}; run the command as root\n"
+    assert _as_nobody(*words, *flags) == (1, "", refused.format(f"{folder}: may not be read"))
+    socket = folder / "pyflannel-1.sock"
+    closed = refused.format(f"{socket}: may not be opened")
+    assert _as_nobody(*words, *flags, "--vni", "1") == (1, "", closed)
+    made.folder.chmod(0o755)
+    folder.chmod(0o755)
+    try:
+        assert _as_nobody(*words, *flags) == (1, "", closed)
+    finally:
+        made.folder.chmod(0o700)
+
+
 def _ask(host: Host, *words: str) -> Any:
     _, output, errors = _command(host, *words, "--json", "--control-dir", str(host.folder))
     assert not errors
