@@ -253,7 +253,7 @@ def _clone_device_refusal(error: OSError) -> Refusal:
     if error.errno in (errno.EPERM, errno.EACCES):
         return Refusal(
             f"{_CLONE_DEVICE} may not be opened: run as root, in a container with "
-            f"docker run --device={_CLONE_DEVICE}"
+            f"docker run --device={_CLONE_DEVICE}; other users need chmod 666 {_CLONE_DEVICE}"
         )
     if error.errno == errno.ENOENT:
         return Refusal(
