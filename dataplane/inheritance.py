@@ -36,6 +36,11 @@ class Inheritance:
             except OSError:
                 os.close(fd)
 
+    @property
+    def devices(self) -> set[str]:
+        """Names of the TUN devices whose queues nobody took yet."""
+        return {device for _, device, _ in self._tuns}
+
     def take_tun(self, device: str) -> list[int]:
         """Take the queues of a device, those that are read first, then the detached one."""
         taken = [one for one in self._tuns if one[1] == device]

@@ -45,7 +45,8 @@ _FAMILY = {4: socket.AF_INET, 6: socket.AF_INET6}
 class Link:
     """A network device: `mtu` in bytes; `kind` empty for hardware, `mac` None without Ethernet.
 
-    The vxlan fields, VNI and UDP port, are None for other kinds.
+    The vxlan fields, VNI and UDP port, are None for other kinds. `carrier` of a TUN tells whether a
+    program holds it.
     """
 
     index: int
@@ -54,6 +55,7 @@ class Link:
     mac: MacAddress | None
     mtu: int
     up: bool
+    carrier: bool
     vxlan_id: int | None = None
     vxlan_port: int | None = None
 
@@ -71,6 +73,7 @@ def _link(message: Any) -> Link:
         mac=MacAddress.parse(mac) if mac and len(mac) == 17 else None,
         mtu=message.get("mtu") or 0,
         up=bool(message["flags"] & _IFF_UP),
+        carrier=bool(message.get("carrier")),
         vxlan_id=vxlan.get("vxlan_id") if vxlan else None,
         vxlan_port=vxlan.get("vxlan_port") if vxlan else None,
     )

@@ -2,9 +2,9 @@
 
 Start: configuration from etcd -> interface -> leftover kernel device -> sockets, TUN -> own lease
 -> address, MTU -> FIB and routes of the first snapshot -> forwarding -> traffic rules -> subnet.env
--> READY. Each step pushes its undo; leaving is this list read backwards. Like flannel we leave the
-device, its address and routes, the rules, the lease and subnet.env behind on a clean exit; a start
-that fails leaves nothing.
+-> leftover TUN -> READY. Each step pushes its undo; leaving is this list read backwards. Like
+flannel we leave the device, its address and routes, the rules, the lease and subnet.env behind on a
+clean exit; a start that fails leaves nothing.
 """
 
 from __future__ import annotations
@@ -220,6 +220,8 @@ class Daemon:
             predecessor.finish()
             await self._serve_control(path)
             await self._serve_health(inherited)
+        # Not before: while we may still fail, a predecessor is at work on them.
+        await remove_idle_devices(netlink, config, inherited.devices)
         inherited.close()
         overlays.keep_queues()
         self._readiness.clear("starting")
@@ -256,7 +258,6 @@ class Daemon:
     ) -> OwnIdentity:
         """Open the overlay of each family; return who we are to the others."""
         options, each = self._options, self._overlays.each
-        await remove_idle_devices(netlink, config)
         macs = []
         for underlying in await choose_underlay(options, netlink, config):
             name = device_name(underlying.version, config.backend.vni)

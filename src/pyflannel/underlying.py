@@ -6,6 +6,7 @@ It chooses by what the operator said and the host has, and opens nothing.
 from __future__ import annotations
 
 import logging
+from collections.abc import Container
 from dataclasses import dataclass
 
 from pyflannel.control.network_config import NetworkConfig
@@ -137,12 +138,21 @@ async def remove_kernel_device(
     return link.mac
 
 
-async def remove_idle_devices(netlink: Netlink, config: NetworkConfig) -> None:
-    """Delete what we left for a family that the network has no more, its routes with it."""
+async def remove_idle_devices(
+    netlink: Netlink, config: NetworkConfig, inherited: Container[str]
+) -> None:
+    """Delete what we left for a family that the network has no more, its routes with it.
+
+    A TUN that a program holds stays, unless we inherited its queues. One that nobody holds is
+    persistent, or it were gone.
+    """
     used = [subnets.network.version for subnets in config.ranges]
     for version in _DEVICE:
         device = device_name(version, config.backend.vni)
         link = await netlink.link(device) if version not in used else None
-        if link is not None and link.kind == "tun":
-            await netlink.delete_link(device)
-            log.warning("deleted %s: the network config has no IPv%d now", device, version)
+        if link is None or link.kind != "tun" or link.mac is not None:  # a TAP has a MAC
+            continue
+        if link.carrier and device not in inherited:
+            continue
+        await netlink.delete_link(device)
+        log.warning("deleted %s: the network config has no IPv%d now", device, version)

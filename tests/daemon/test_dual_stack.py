@@ -386,7 +386,7 @@ def test_a_deleted_lease_takes_both_routes_along(made: Lab) -> None:
     wait_until(partial(_has_route, host, line), "the IPv6 route is there")
     made.etcdctl("del", f"{PREFIX}/subnets/{key}")
     wait_until(lambda: not _has_route(host, line), "the IPv6 route is gone")
-    assert "10.244.201.0/24" not in host.ip("route")
+    wait_until(lambda: "10.244.201.0/24" not in host.ip("route"), "the IPv4 route is gone")
 
 
 def test_a_leftover_kernel_device_of_ipv6_is_named(made: Lab) -> None:
@@ -460,3 +460,38 @@ def test_a_network_without_ipv6_again_leaves_nothing_of_it_on_the_host() -> None
         assert "flannel-v6.1" not in host.ip("link") and "flannel.1" in host.ip("link")
         assert "deleted flannel-v6.1: the network config has no IPv6 now" in host.log.read_text()
         assert "FLANNEL" not in host.exec("ip6tables-save")
+
+
+HOLDER = """\
+import fcntl, struct, time
+tun = open("/dev/net/tun", "r+b", buffering=0)
+fcntl.ioctl(tun, 0x400454CA, struct.pack("16sH22x", b"flannel-v6.1", 0x1001))
+time.sleep(60)
+"""
+
+
+def test_a_device_that_another_program_holds_is_left_alone() -> None:
+    require_root()
+    with lab(1) as made:
+        (host,) = made.hosts
+        host.start(sys.executable, "-c", HOLDER, log=made.folder / "holder.log")
+        wait_until(lambda: "flannel-v6.1" in host.ip("link"), "the device is held")
+        made.put_config()
+        made.start_daemon(host)
+        assert "flannel-v6.1" in host.ip("link")
+        assert "deleted flannel-v6.1" not in host.log.read_text()
+
+
+def test_a_takeover_that_fails_leaves_the_device_of_the_family_that_goes() -> None:
+    require_root()
+    with lab(1, dual_stack=True) as made:
+        (host,) = made.hosts
+        made.put_config(CONFIG)
+        old = made.start_daemon(host)
+        links = host.ip("-o", "link")  # with their indexes
+        made.put_config()
+        new = made.start_daemon(host, "--takeover", wait=False)
+        assert host.processes[new].wait(20) == 1
+        assert "restart instead" in host.log.read_text()
+        assert host.processes[old].poll() is None
+        assert host.ip("-o", "link") == links

@@ -136,7 +136,7 @@ def test_flushed_or_partly_deleted_rules_are_back_within_a_second(
     for damage in _damages(kind):
         host.exec(*damage)
         wait_until(lambda: _is_right(host, kind), f"repaired after {' '.join(damage)}", 1.0)
-    assert host.log.read_text().count("they are back") >= len(_damages(kind))
+    host.wait_for_log("they are back", times=len(_damages(kind)))
     host.stop(index)
 
 

@@ -131,7 +131,7 @@ def _end_packet_threads(host: Host) -> None:
     # struct epoll_event: the events, padding on some machines, and the key, 0.
     event = (ctypes.c_uint32 * 4)(select.EPOLLIN)
     assert libc.epoll_ctl(wait_set, EPOLL_CTL_ADD, writer, event) == 0
-    wait_until(lambda: "forwarding on flannel.1 has ended" in host.log.read_text(), "the end")
+    host.wait_for_log("forwarding on flannel.1 has ended")
     for fd in (wait_set, process, writer):
         os.close(fd)
 
@@ -141,7 +141,7 @@ def test_forwarding_goes_on_after_the_packet_threads_have_ended(nodes: Lab) -> N
     before = _state(host)
     _end_packet_threads(host)
     wait_until(lambda: _reaches(nodes), "a ping", LIMIT_SECONDS)
-    assert "forwarding again on flannel.1" in host.log.read_text()
+    host.wait_for_log("forwarding again on flannel.1")
     assert _state(host) == before and host.processes[0].poll() is None
 
 
@@ -251,5 +251,5 @@ def test_changes_that_the_kernel_could_not_tell_are_found(nodes: Lab) -> None:
     finally:
         daemon.send_signal(signal.SIGCONT)
     wait_until(lambda: _state(host) == before, "well again", LIMIT_SECONDS)
-    assert "more changed on this host" in host.log.read_text()
+    host.wait_for_log("more changed on this host")
     wait_until(lambda: _reaches(nodes), "a ping", LIMIT_SECONDS)

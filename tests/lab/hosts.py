@@ -210,6 +210,10 @@ class Host(Namespace):
         """What its daemon wrote."""
         return self.folder / "daemon.log"
 
+    def wait_for_log(self, text: str, times: int = 1) -> None:
+        """Wait until its daemon wrote a text; a line about something done comes after it."""
+        wait_until(lambda: self.log.read_text().count(text) >= times, f"it says {text!r}")
+
     def ask(self, request: str, **arguments: object) -> Any:
         """Ask its daemon, of VNI 1, over the control socket, which is in no namespace."""
         return ask(self.folder / "pyflannel-1.sock", request, **arguments)
