@@ -1,7 +1,7 @@
-"""The unit of deploy/ under a real systemd, which is process 1 of the first host.
+"""The unit of deploy/ under a real systemd, which is process 1 of the first host; dual stack.
 
 c1 -- h1 (systemd, ours) -----+
-                              +-- switch, etcd
+                              +-- switch, etcd      192.168.77.0/24 and fd77::/64
 c2 -- h2 (kernel vxlan) ------+
 """
 
@@ -10,15 +10,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from ipaddress import IPv4Network
+from ipaddress import IPv4Network, IPv6Network
 
 import pytest
 
 from tests.lab.booted import SERVICE, UNIT, Booted, booted
 from tests.lab.flows import flows
 from tests.lab.hosts import (
-    CONFIG,
     ETCD_PORT,
+    NETWORK,
     SWITCH_ADDRESS,
     Lab,
     container_address,
@@ -31,7 +31,12 @@ from tests.lab.require import require_program, require_root
 
 pytestmark = pytest.mark.alone
 
+CONFIG = (
+    f'{{{NETWORK},"EnableIPv6":true,"IPv6Network":"2001:db8:42::/56","Backend":{{"Type":"vxlan"}}}}'
+)
 KERNEL_SUBNET, KERNEL_MAC = IPv4Network("10.244.60.0/24"), "0a:00:00:00:00:60"
+KERNEL_V6 = IPv6Network("2001:db8:42:c8::/64"), "0a:06:00:00:00:60"
+DEVICES = ("flannel.1", "flannel-v6.1")
 SETTINGS = f"""
 FLANNELD_ETCD_ENDPOINTS=http://{SWITCH_ADDRESS}:{ETCD_PORT}
 FLANNELD_IP_MASQ=true
@@ -48,34 +53,40 @@ def nodes() -> Iterator[tuple[Lab, Booted]]:
     for program in ("etcd", "etcdctl", "ethtool", "ip", "iptables", "journalctl", "nft",
                     "nsenter", "ping", "setpriv", "systemctl", "unshare"):  # fmt: skip
         require_program(program)
-    with lab(2) as made:
-        made.put_config()
+    with lab(2, dual_stack=True) as made:
+        made.put_config(CONFIG)
         first, second = made.hosts
-        start_kernel_node(made, second, KERNEL_SUBNET, KERNEL_MAC, flags=("noudpcsum",))
+        start_kernel_node(
+            made, second, KERNEL_SUBNET, KERNEL_MAC, ipv6=KERNEL_V6, flags=("noudpcsum",)
+        )
         with booted(first, SETTINGS) as node:
             node.systemctl("start", SERVICE)
             first.subnet_file.write_text(node.path("/run/flannel/subnet.env").read_text())
             program_kernel_node(made, second)
             for host in made.hosts:
                 made.add_container(host)
-            wait_until(lambda: _reaches(made), "a ping")
+            wait_until(lambda: _reaches(made), "pings")
             yield made, node
 
 
 def _reaches(made: Lab) -> bool:
+    """Whether the containers reach each other in both families."""
     first, second = made.hosts
     assert first.container is not None
-    return ping(first.container, container_address(second))
+    source = first.container
+    return all(ping(source, container_address(second, version)) for version in (4, 6))
 
 
 def _state(made: Lab, node: Booted) -> object:
     """What no restart may change."""
     host = made.hosts[0]
-    (link,) = json.loads(host.ip("-d", "-j", "addr", "show", "flannel.1"))
-    addresses = [entry["local"] for entry in link["addr_info"]]
+    devices = []
+    for name in DEVICES:
+        (link,) = json.loads(host.ip("-d", "-j", "addr", "show", name))
+        devices.append((link["ifindex"], [entry["local"] for entry in link["addr_info"]]))
     subnet_env = node.path("/run/flannel/subnet.env").read_text()
-    routes = host.ip("route").replace(" linkdown", "")
-    return made.leases(), routes, link["ifindex"], addresses, subnet_env
+    routes = (host.ip("route") + host.ip("-6", "route")).replace(" linkdown", "")
+    return made.leases(), routes, devices, subnet_env
 
 
 def _main(node: Booted) -> int:
@@ -101,15 +112,16 @@ def test_it_is_ready_when_the_start_returns(nodes: tuple[Lab, Booted]) -> None:
     assert log.index("Running backend.") < log.index(f"Started {SERVICE}.service")
     shown = node.systemctl("show", "-p", "ActiveState,NRestarts,Result,Type", SERVICE).split()
     assert sorted(shown) == ["ActiveState=active", "NRestarts=0", "Result=success", "Type=notify"]
-    assert int(node.show("NFileDescriptorStore")) >= 2
+    assert int(node.show("NFileDescriptorStore")) >= 4
     assert not re.search(r"denied|not permitted|Failed to|Unknown key", log)
 
 
 def test_it_does_its_work_within_its_confinement(nodes: tuple[Lab, Booted]) -> None:
     made, node = nodes
-    rules = made.hosts[0].exec("iptables-save")
-    assert "MASQUERADE --random-fully" in rules
-    assert "-j FLANNEL-FWD" in rules
+    for tool in ("iptables-save", "ip6tables-save"):
+        rules = made.hosts[0].exec(tool)
+        assert "MASQUERADE --random-fully" in rules
+        assert "-j FLANNEL-FWD" in rules
     status = dict(
         line.split(":\t", 1)
         for line in node.run("cat", f"/proc/{_main(node)}/status").splitlines()
@@ -133,7 +145,7 @@ def test_it_does_its_work_within_its_confinement(nodes: tuple[Lab, Booted]) -> N
 def test_reload_is_a_takeover_that_loses_nothing(nodes: tuple[Lab, Booted]) -> None:
     made, node = nodes
     old, before = _main(node), _state(made, node)
-    with flows(made, PACKETS_PER_SECOND) as counts:
+    with flows(made, PACKETS_PER_SECOND, (4, 6)) as counts:
         node.systemctl("reload", SERVICE)
     assert _main(node) not in (0, old)
     assert node.show("ActiveState") == "active"
@@ -150,7 +162,7 @@ def test_packets_queue_while_it_is_away(nodes: tuple[Lab, Booted], way: str) -> 
     old, before = _main(node), _state(made, node)
     restarts = int(node.show("NRestarts"))
     kept = int(node.show("NFileDescriptorStore"))
-    with flows(made, PACKETS_PER_SECOND) as counts:
+    with flows(made, PACKETS_PER_SECOND, (4, 6)) as counts:
         if way == "killed":
             node.systemctl("kill", "--kill-whom=main", "--signal=KILL", SERVICE)
             wait_until(lambda: _is_ready_again(node, restarts + 1), "it runs again")
@@ -192,7 +204,7 @@ def test_the_watchdog_is_fed_and_ends_one_that_hangs(nodes: tuple[Lab, Booted]) 
     assert _main(node) not in (0, successor)
     assert "Watchdog timeout (limit 3s)!" in node.journal()
     assert _state(made, node) == before
-    wait_until(lambda: _reaches(made), "a ping")
+    wait_until(lambda: _reaches(made), "pings")
 
 
 def test_nftables_within_its_confinement(nodes: tuple[Lab, Booted]) -> None:
@@ -202,10 +214,12 @@ def test_nftables_within_its_confinement(nodes: tuple[Lab, Booted]) -> None:
     try:
         node.systemctl("restart", SERVICE)
         wait_until(lambda: "flannel-ipv4" in host.exec("nft", "list", "tables"), "the table")
-        assert "masquerade" in host.exec("nft", "list", "table", "ip", "flannel-ipv4")
-        assert "FLANNEL-FWD" not in host.exec("iptables-save")
+        for version, family in ((4, "ip"), (6, "ip6")):
+            table = host.exec("nft", "list", "table", family, f"flannel-ipv{version}")
+            assert "masquerade" in table
+        assert "FLANNEL-FWD" not in host.exec("iptables-save") + host.exec("ip6tables-save")
     finally:
-        made.put_config()
+        made.put_config(CONFIG)
 
 
 def test_it_stops_cleanly_and_leaves_the_device(nodes: tuple[Lab, Booted]) -> None:
