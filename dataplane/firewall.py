@@ -27,19 +27,24 @@ from pyflannel.dataplane.traffic_rules import (
 
 log = logging.getLogger(__name__)
 
+LOCK = "/run/xtables.lock"
 LOCK_SECONDS = "5"
 TOOL_SECONDS = 20.0
 
 
 class FirewallError(Exception):
-    """A tool is missing or refused; `str()` is a clause that names it."""
+    """A tool refused or, if `is_missing`, is not there; `str()` is a clause that names it."""
+
+    def __init__(self, clause: str, *, is_missing: bool = False) -> None:
+        super().__init__(clause)
+        self.is_missing = is_missing
 
 
 async def _run(*command: str, text: str = "") -> str:
     """Run a program on a text; return what it prints, FirewallError if it fails."""
     program = shutil.which(command[0])
     if program is None:
-        raise FirewallError(f"{command[0]} is not installed")
+        raise FirewallError(f"{command[0]} is not installed", is_missing=True)
     # In a thread and not by the event loop, whose fork() makes gRPC log a line for each program.
     try:
         done = await asyncio.to_thread(

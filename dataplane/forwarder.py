@@ -74,8 +74,9 @@ class Forwarder:
     def _check_schedule(self) -> None:
         if self._worker is not None and not self._worker.runs_as_scheduled:
             log.warning(
-                "packet threads run at normal priority, as CAP_SYS_NICE is missing: expect higher "
-                "latency under load; grant it, or use --sched=normal"
+                "packet threads run at normal priority, as CAP_SYS_NICE is missing or a filter "
+                "forbids it (systemd: RestrictRealtime=, SystemCallFilter=): expect higher latency "
+                "under load; grant it, or use --sched=normal"
             )
 
     def _on_readable(self) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Mapping
 
 from pyflannel.dataplane.inheritance import Inheritance
 from pyflannel.dataplane.refusal import Refusal
+from pyflannel.notify import notify
 from pyflannel.patience import within
 
 log = logging.getLogger(__name__)
@@ -37,15 +38,23 @@ class Readiness:
         return not self._reasons
 
     def set(self, reason: str, sentence: str) -> None:
-        """Become unready; each new sentence is logged once."""
-        if self._reasons.get(reason) != sentence:
-            log.error("not ready (%s): %s", reason, sentence)
+        """Become unready; each new sentence is logged and told the supervisor once."""
+        if self._reasons.get(reason) == sentence:
+            return
         self._reasons[reason] = sentence
+        log.error("not ready (%s): %s", reason, sentence)
+        self._tell_supervisor()
 
     def clear(self, reason: str) -> None:
         """Take a reason back."""
         if self._reasons.pop(reason, None) is not None:
             log.info("cleared: %s%s", reason, "; ready" if self.is_ready else "")
+            self._tell_supervisor()
+
+    def _tell_supervisor(self) -> None:
+        """Tell what `systemctl status` shows; others' words must not begin a line of their own."""
+        why = "; ".join(f"{name}: {sentence}" for name, sentence in self._reasons.items())
+        notify(f"STATUS={' '.join(why.split()) or 'ready'}")
 
 
 class HealthServer:

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
-from pyflannel.dataplane.firewall import Firewall, FirewallError, Iptables, Nftables
+from pyflannel.dataplane.firewall import LOCK, Firewall, FirewallError, Iptables, Nftables
 from pyflannel.dataplane.firewall_watch import (
     iptables_interest,
     nftables_interest,
@@ -100,9 +100,9 @@ class Traffic:
         except FirewallError as error:
             if self._options.ip_masq:
                 raise Refusal(
-                    f"--ip-masq: {error}; {self._remedy()}, or leave --ip-masq out"
+                    f"--ip-masq: {error}; {self._remedy(error)}, or leave --ip-masq out"
                 ) from None
-            self._say(f"forward rules are missing: {error}; {self._remedy()}")
+            self._say(f"forward rules are missing: {error}; {self._remedy(error)}")
         await self._blackhole()
         if self._nftables:
             watch_events(nftables_interest(), self._changed.set, self._stack)
@@ -114,10 +114,14 @@ class Traffic:
             else:
                 watch_events(iptables_interest(versions), self._changed.set, self._stack)
 
-    def _remedy(self) -> str:
-        if self._nftables:
-            return "install nftables or set EnableNFTables to false"
-        return "install iptables or set EnableNFTables to true"
+    def _remedy(self, error: FirewallError) -> str:
+        package, other = ("nftables", "false") if self._nftables else ("iptables", "true")
+        first = ""
+        if error.is_missing:
+            first = f"install {package} or "
+        elif LOCK in str(error):
+            first = "run as root (systemd: DynamicUser=no and ReadWritePaths=/run) or "
+        return f"{first}set EnableNFTables to {other}"
 
     def _say(self, sentence: str) -> None:
         """Log what is wrong; again only after it was right."""
@@ -171,7 +175,7 @@ class Traffic:
                 await self._blackhole()
                 amiss = await self._ensure()
             except FirewallError as error:
-                self._say(f"traffic rules cannot be looked after: {error}; {self._remedy()}")
+                self._say(f"traffic rules cannot be looked after: {error}; {self._remedy(error)}")
                 await asyncio.sleep(period)
                 continue
             self._said = ""

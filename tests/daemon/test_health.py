@@ -129,6 +129,23 @@ def test_the_supervisor_is_told(
         assert supervisor.recv(100) == b"READY=1"
 
 
+def test_the_supervisor_is_told_why_the_node_is_not_ready(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, readiness: Readiness
+) -> None:
+    name = str(tmp_path / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as supervisor:
+        supervisor.bind(name)
+        supervisor.setblocking(False)
+        monkeypatch.setenv("NOTIFY_SOCKET", name)
+        readiness.clear("starting")
+        assert supervisor.recv(100) == b"STATUS=ready"
+        for _ in range(2):
+            readiness.set("etcd", "its words:\nREADY=1")
+        assert supervisor.recv(100) == b"STATUS=etcd: its words: READY=1"
+        readiness.set("routes", "refused")
+        assert supervisor.recv(100) == b"STATUS=etcd: its words: READY=1; routes: refused"
+
+
 @pytest.mark.parametrize("name", ["", "relative", "/nowhere/notify", "@nobody", "/" + "x" * 200])
 def test_no_supervisor_is_no_error(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv("NOTIFY_SOCKET", name)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from ipaddress import IPv4Network, IPv6Network
 
 import pytest
@@ -45,6 +46,22 @@ PYFLANNEL_UDP_OPTIONS=--iface eth0
 PACKETS_PER_SECOND = 500
 WATCHDOG_SECONDS = 3
 CAP_NET_ADMIN, CAP_NET_RAW, CAP_SYS_NICE = 12, 13, 23
+SCHED_RR = 2
+
+
+@contextmanager
+def _drop_in(node: Booted, *lines: str) -> Iterator[None]:
+    """Add to the unit's [Service] what the next start finds."""
+    path = node.path(f"/etc/systemd/system/{UNIT}.d/test.conf")
+    path.parent.mkdir()
+    path.write_text("\n".join(("[Service]", *lines, "")))
+    node.systemctl("daemon-reload")
+    try:
+        yield
+    finally:
+        path.unlink()
+        path.parent.rmdir()
+        node.systemctl("daemon-reload")
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +159,37 @@ def test_it_does_its_work_within_its_confinement(nodes: tuple[Lab, Booted]) -> N
     assert str(made.hosts[1].address) in node.run(program, "peers")
 
 
+def _thread_schedules(node: Booted) -> set[tuple[int, int]]:
+    """Return nice value and policy of each thread (proc(5))."""
+    task = f"/proc/{_main(node)}/task"
+    stats = [node.run("cat", f"{task}/{x}/stat") for x in node.run("ls", task).split()]
+    fields = [stat.rpartition(") ")[2].split() for stat in stats]
+    return {(int(x[16]), int(x[38])) for x in fields}
+
+
+def test_packet_threads_have_the_priority_that_is_asked_for(nodes: tuple[Lab, Booted]) -> None:
+    _, node = nodes
+    assert _thread_schedules(node) == {(0, 0), (-3, 0)}
+    with _drop_in(node, "RestrictRealtime=no", "Environment=FLANNELD_SCHED=realtime"):
+        node.systemctl("restart", SERVICE)
+        assert (0, SCHED_RR) in _thread_schedules(node)
+    node.systemctl("restart", SERVICE)
+
+
+def test_status_says_why_it_is_not_ready(nodes: tuple[Lab, Booted]) -> None:
+    made, node = nodes
+    assert node.show("StatusText") == "ready"
+    bad = CONFIG.replace('"vxlan"', '"udp"')
+    for config, shown in (
+        (bad, 'network-config: network config: Backend.Type "udp": must be "vxlan"'),
+        (CONFIG, "ready"),
+    ):
+        made.put_config(config)
+        node.systemctl("kill", "--kill-whom=main", "--signal=HUP", SERVICE)
+        wait_until(lambda: node.show("StatusText").startswith(shown), shown)  # noqa: B023 called at once
+    assert f'Status: "{node.show("StatusText")}"' in node.systemctl("status", SERVICE)
+
+
 def test_reload_is_a_takeover_that_loses_nothing(nodes: tuple[Lab, Booted]) -> None:
     made, node = nodes
     old, before = _main(node), _state(made, node)
@@ -182,10 +230,14 @@ def test_packets_queue_while_it_is_away(nodes: tuple[Lab, Booted], way: str) -> 
 def test_the_watchdog_is_fed_and_ends_one_that_hangs(nodes: tuple[Lab, Booted]) -> None:
     made, node = nodes
     before = _state(made, node)
-    drop_in = node.path(f"/etc/systemd/system/{UNIT}.d/watchdog.conf")
-    drop_in.parent.mkdir()
-    drop_in.write_text(f"[Service]\nWatchdogSec={WATCHDOG_SECONDS}\n")
-    node.systemctl("daemon-reload")
+    with _drop_in(node, f"WatchdogSec={WATCHDOG_SECONDS}"):
+        _hang(node)
+    assert _state(made, node) == before
+    wait_until(lambda: _reaches(made), "pings")
+
+
+def _hang(node: Booted) -> None:
+    """Let a successor hang, and see that systemd ends it."""
     node.systemctl("restart", SERVICE)
     restarts = int(node.show("NRestarts"))
     node.systemctl("reload", SERVICE)
@@ -203,8 +255,6 @@ def test_the_watchdog_is_fed_and_ends_one_that_hangs(nodes: tuple[Lab, Booted]) 
     wait_until(lambda: _is_ready_again(node, restarts + 1), "it runs again")
     assert _main(node) not in (0, successor)
     assert "Watchdog timeout (limit 3s)!" in node.journal()
-    assert _state(made, node) == before
-    wait_until(lambda: _reaches(made), "pings")
 
 
 def test_nftables_within_its_confinement(nodes: tuple[Lab, Booted]) -> None:
@@ -220,6 +270,41 @@ def test_nftables_within_its_confinement(nodes: tuple[Lab, Booted]) -> None:
         assert "FLANNEL-FWD" not in host.exec("iptables-save") + host.exec("ip6tables-save")
     finally:
         made.put_config(CONFIG)
+
+
+def test_legacy_iptables_needs_the_drop_in(nodes: tuple[Lab, Booted]) -> None:
+    made, node = nodes
+    host = made.hosts[0]
+    _choose_iptables(node, "legacy")
+    try:
+        node.systemctl("restart", SERVICE, check=False)
+        refused = (
+            "--ip-masq: iptables-restore --noflush -w 5: Fatal: can't open lock file "
+            "/run/xtables.lock: Permission denied; run as root (systemd: DynamicUser=no and "
+            "ReadWritePaths=/run) or set EnableNFTables to true"
+        )
+        assert refused in node.journal()
+        with _drop_in(node, "DynamicUser=no", "ReadWritePaths=/run"):
+            node.systemctl("restart", SERVICE)
+            for tool in ("iptables-legacy", "ip6tables-legacy"):
+                assert "MASQUERADE --random-fully" in host.exec(f"{tool}-save", "-t", "nat")
+                assert "-j FLANNEL-FWD" in host.exec(f"{tool}-save", "-t", "filter")
+                host.exec(tool, "-t", "nat", "-F")
+                saved = (f"{tool}-save", "-t", "nat")
+                wait_until(lambda: "MASQUERADE" in host.exec(*saved), "rules are back", 2)  # noqa: B023 called at once
+            assert _main(node) != 0
+            wait_until(lambda: _reaches(made), "pings")
+    finally:
+        _choose_iptables(node, "nft")
+    node.systemctl("restart", SERVICE)
+
+
+def _choose_iptables(node: Booted, flavour: str) -> None:
+    """Do what update-alternatives does."""
+    for tool in ("iptables", "ip6tables"):
+        for suffix in ("", "-save", "-restore"):
+            target = f"/usr/sbin/{tool}-{flavour}{suffix}"
+            node.run("ln", "-sf", target, f"/etc/alternatives/{tool}{suffix}")
 
 
 def test_it_stops_cleanly_and_leaves_the_device(nodes: tuple[Lab, Booted]) -> None:

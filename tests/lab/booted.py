@@ -42,8 +42,9 @@ mkdir units
 for name in $3; do cp "/usr/lib/systemd/system/$name" units; done
 for folder in dev etc/systemd/system opt run tmp usr/lib/systemd/system \
     usr/lib/systemd/system-generators var/lib var/log var/tmp; do
-  mount -t tmpfs tmpfs "root/$folder"
+  mount -t tmpfs -o mode=755 tmpfs "root/$folder"
 done
+chmod 1777 root/tmp root/var/tmp
 cp units/* root/usr/lib/systemd/system
 mkdir root/etc/systemd/system/sysinit.target.wants
 ln -s /usr/lib/systemd/system/systemd-journald.service root/etc/systemd/system/sysinit.target.wants
