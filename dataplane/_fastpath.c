@@ -167,7 +167,11 @@ void decap_datagram(const struct fp_ctx *ctx, struct sender_cache *cache, uint8_
 	uint16_t ethertype;
 	int reason, ecn;
 
-	*out = (struct decap) { .drop = -1, .spoofed = -1 };
+	/* Not all of it: that would take a quarter of this function's time. */
+	out->drop = out->spoofed = -1;
+	out->packet = NULL;
+	out->sender = NULL;
+	out->flow.source = (struct inet_address) { { 0 } };
 	if (length < sizeof(*push)) {
 		out->drop = FP_DROP_SHORT;
 		return;

@@ -12,6 +12,8 @@
 #include "fib.h"
 #include "flow.h"
 
+#define CACHE_LINE 64 /* bytes, on most machines; a matter of speed only */
+
 struct fp_ctx {
 	struct fp_config config;
 	struct inet_address network;
@@ -56,8 +58,8 @@ struct decap {
 	int spoofed; /* enum fp_drop that mode `log` lets pass, or -1 */
 	uint8_t *packet;
 	const struct fib_entry *sender; /* NULL when unknown and let pass */
-	struct flow flow; /* of the inner packet, once that was parsed */
-	uint8_t mac[ETH_ALEN];
+	struct flow flow; /* of the inner packet, once that was parsed; before, no source */
+	uint8_t mac[ETH_ALEN]; /* once the frame was seen to have one */
 };
 
 /* The last answers of the FIB about senders; empty at the begin of each FIB section. */

@@ -45,7 +45,7 @@ static uint32_t hash_of(const struct flow *flow, const uint8_t *transport, size_
 	if (has_ports(protocol) && length >= sizeof(ports))
 		memcpy(&ports, transport, sizeof(ports));
 	return mix(word[0] ^ (word[1] * 3) ^ (word[2] * 5) ^ (word[3] * 7) ^
-		   ((uint64_t)mix(ports) << 8) ^ protocol);
+		   (ports * 0x9e3779b97f4a7c15ULL) ^ protocol);
 }
 
 static bool parse_ipv4(const uint8_t *packet, size_t length, struct flow *flow)

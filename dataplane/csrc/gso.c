@@ -3,7 +3,7 @@
  * DOC: Segmentation of the super-packets that a TUN with offloads hands over
  *
  * A super-packet is headers and up to 64 KB of payload. It becomes segments that lie in one piece
- *of memory with a gap in front of each, room for what encapsulation pushes:
+ * of memory with a gap in front of each, room for what encapsulation pushes:
  *
  *	packet                        packet + stride
  *	| headers | payload 0 | gap | headers | payload 1 | gap | headers | last payload |
@@ -14,7 +14,7 @@
  * __udp_gso_segment() and inet_gso_segment() do.
  *
  * The vnet header is not the kernel's word alone: who may open a packet socket, also in a
- *container, chooses its fields. So it is held against the packet.
+ * container, chooses its fields. So it is held against the packet.
  */
 #include "gso.h"
 
@@ -91,16 +91,87 @@ void gso_spread(const struct gso *gso, uint8_t *packet, size_t gap)
 	}
 }
 
-static void fill_ipv4(uint8_t *segment, size_t length, size_t index)
-{
-	struct ipv4_header *header = (struct ipv4_header *)segment;
-	struct checksum sum = { 0 };
+/* The headers that segments have in common, and the sums of what is the same in all. */
+struct common {
+	uint8_t headers[GSO_HEADERS_MAX]; /* with zero where segments differ */
+	uint32_t sequence; /* of the first */
+	uint16_t id;
+	uint8_t flags;
+	struct checksum ip;
+	struct checksum transport; /* with the pseudo header but for its length */
+};
 
-	header->total_length = put_be16((uint16_t)length);
-	header->id = put_be16((uint16_t)(get_be16(header->id) + index));
-	header->checksum = (be16) { { 0, 0 } };
-	checksum_add(&sum, header, (size_t)(header->version_ihl & 0x0f) * 4);
-	header->checksum = checksum_field(&sum);
+static void find_common(struct common *common, const struct gso *gso, const uint8_t *packet)
+{
+	uint8_t *transport = common->headers + gso->transport;
+
+	memcpy(common->headers, packet, gso->headers);
+	if (packet[0] >> 4 == 4) {
+		struct ipv4_header *ip = (struct ipv4_header *)common->headers;
+
+		common->id = get_be16(ip->id);
+		ip->total_length = ip->id = ip->checksum = put_be16(0);
+		common->ip = (struct checksum) { 0 };
+		checksum_add(&common->ip, ip, (size_t)(ip->version_ihl & 0x0f) * 4);
+	}
+	if (gso->protocol == PROTOCOL_TCP) {
+		struct tcp_header *tcp = (struct tcp_header *)transport;
+
+		common->sequence = get_be32(tcp->sequence);
+		common->flags = tcp->flags;
+		tcp->sequence = put_be32(0);
+		tcp->flags = 0;
+		tcp->checksum = put_be16(0);
+	} else {
+		struct udp_header *udp = (struct udp_header *)transport;
+
+		udp->length = udp->checksum = put_be16(0);
+	}
+	common->transport = transport_addresses(packet);
+	checksum_add_word(&common->transport, gso->protocol);
+	checksum_add(&common->transport, transport, gso->headers - gso->transport);
+}
+
+static void fill_ipv4(struct ipv4_header *ip, const struct common *common, size_t length,
+		      size_t index)
+{
+	struct checksum sum = common->ip;
+	uint16_t id = (uint16_t)(common->id + index);
+
+	ip->total_length = put_be16((uint16_t)length);
+	ip->id = put_be16(id);
+	checksum_add_word(&sum, (uint16_t)length);
+	checksum_add_word(&sum, id);
+	ip->checksum = checksum_field(&sum);
+}
+
+/* @sum covers the common transport header and the payload. */
+static void fill_tcp(struct tcp_header *tcp, const struct common *common, struct checksum sum,
+		     size_t offset, bool last)
+{
+	uint32_t sequence = common->sequence + (uint32_t)offset;
+
+	tcp->sequence = put_be32(sequence);
+	tcp->flags = common->flags;
+	/* The end of the data is in the last, the reaction to marks in the first. */
+	if (!last)
+		tcp->flags &= (uint8_t) ~(TCP_FIN | TCP_PSH);
+	if (offset)
+		tcp->flags &= (uint8_t)~TCP_CWR;
+	checksum_add_word(&sum, (uint16_t)(sequence >> 16));
+	checksum_add_word(&sum, (uint16_t)sequence);
+	checksum_add_word(&sum, tcp->flags);
+	tcp->checksum = checksum_field(&sum);
+}
+
+static void fill_udp(struct udp_header *udp, struct checksum sum, size_t length)
+{
+	udp->length = put_be16((uint16_t)length);
+	checksum_add_word(&sum, (uint16_t)length);
+	udp->checksum = checksum_field(&sum);
+	/* RFC 768: zero would mean that there is none. */
+	if (get_be16(udp->checksum) == 0)
+		udp->checksum = put_be16(0xffff);
 }
 
 /**
@@ -111,52 +182,30 @@ static void fill_ipv4(uint8_t *segment, size_t length, size_t index)
  */
 void gso_fill(const struct gso *gso, uint8_t *packet, size_t gap)
 {
-	uint8_t template[GSO_HEADERS_MAX];
-	struct checksum addresses = transport_addresses(packet);
-	bool ipv4 = packet[0] >> 4 == 4;
-	size_t left = gso->payload;
+	struct common common;
 
-	memcpy(template, packet, gso->headers);
+	find_common(&common, gso, packet);
 	for (size_t i = 0; i < gso->segments; i++) {
 		uint8_t *segment = packet + i * (gso->headers + gso->size + gap);
+		size_t offset = i * gso->size, left = gso->payload - offset;
 		size_t payload = left < gso->size ? left : gso->size;
 		size_t length = gso->headers + payload;
-		struct checksum sum = addresses;
-		be16 *field;
+		struct checksum sum = common.transport;
 
-		left -= payload;
-		memcpy(segment, template, gso->headers);
-		if (ipv4)
-			fill_ipv4(segment, length, i);
+		memcpy(segment, common.headers, gso->headers);
+		if (common.headers[0] >> 4 == 4)
+			fill_ipv4((struct ipv4_header *)segment, &common, length, i);
 		else
 			((struct ipv6_header *)segment)->payload_length =
 				put_be16((uint16_t)(length - sizeof(struct ipv6_header)));
-		if (gso->protocol == PROTOCOL_TCP) {
-			struct tcp_header *tcp = (struct tcp_header *)(segment + gso->transport);
-
-			tcp->sequence =
-				put_be32(get_be32(tcp->sequence) + (uint32_t)(i * gso->size));
-			/* The end of the data is in the last, the reaction to marks in the first.
-			 */
-			if (left)
-				tcp->flags &= (uint8_t) ~(TCP_FIN | TCP_PSH);
-			if (i)
-				tcp->flags &= (uint8_t)~TCP_CWR;
-			field = &tcp->checksum;
-		} else {
-			struct udp_header *udp = (struct udp_header *)(segment + gso->transport);
-
-			udp->length = put_be16((uint16_t)(length - gso->transport));
-			field = &udp->checksum;
-		}
-		*field = (be16) { { 0, 0 } };
-		checksum_add_word(&sum, gso->protocol);
 		checksum_add_word(&sum, (uint16_t)(length - gso->transport));
-		checksum_add(&sum, segment + gso->transport, length - gso->transport);
-		*field = checksum_field(&sum);
-		/* RFC 768: zero would mean that there is none. */
-		if (gso->protocol == PROTOCOL_UDP && get_be16(*field) == 0)
-			*field = put_be16(0xffff);
+		checksum_add(&sum, segment + gso->headers, payload);
+		if (gso->protocol == PROTOCOL_TCP)
+			fill_tcp((struct tcp_header *)(segment + gso->transport), &common, sum,
+				 offset, payload == left);
+		else
+			fill_udp((struct udp_header *)(segment + gso->transport), sum,
+				 length - gso->transport);
 	}
 }
 
