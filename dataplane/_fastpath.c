@@ -235,23 +235,25 @@ void decap_datagram(const struct fp_ctx *ctx, struct sender_cache *cache, uint8_
 void encap_packet(const struct fp_ctx *ctx, const uint8_t *packet, size_t length, struct encap *out)
 {
 	unsigned int version = length ? packet[0] >> 4 : 0;
+	bool carried;
 
 	*out = (struct encap) { .drop = -1 };
 	if (version != 4 && version != 6) {
 		out->drop = FP_DROP_ENCAP_MALFORMED;
 		return;
 	}
-	if (!(version == 4 ? ctx->config.inner_ipv4 : ctx->config.inner_ipv6)) {
-		out->drop = FP_DROP_ENCAP_FAMILY;
-		return;
-	}
+	carried = version == 4 ? ctx->config.inner_ipv4 : ctx->config.inner_ipv6;
 	if (!flow_parse(packet, length, version == 4 ? ETHERTYPE_IPV4 : ETHERTYPE_IPV6,
 			&out->flow)) {
-		out->drop = FP_DROP_ENCAP_MALFORMED;
+		out->drop = carried ? FP_DROP_ENCAP_MALFORMED : FP_DROP_ENCAP_FAMILY;
 		return;
 	}
 	if (flow_is_multicast(&out->flow.destination)) {
 		out->drop = FP_DROP_ENCAP_MULTICAST;
+		return;
+	}
+	if (!carried) {
+		out->drop = FP_DROP_ENCAP_FAMILY;
 		return;
 	}
 	out->peer = fib_lookup(ctx->fib, &out->flow.destination);

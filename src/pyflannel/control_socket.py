@@ -38,7 +38,7 @@ Request = Callable[[Mapping[str, Any], socket.socket], Awaitable[object]]
 REQUEST_BYTES = 65536
 IDLE_SECONDS = 60.0
 SEND_SECONDS = 30.0
-ANSWER_SECONDS = 30.0
+ANSWER_SECONDS = 5.0
 CONNECTIONS_MAX = 16
 
 _UCRED = struct.Struct("iII")
@@ -225,12 +225,16 @@ def find_socket(folder: Path, vni: int | None) -> Path:
     return found[0]
 
 
-def ask(path: Path, request: str, **arguments: object) -> Any:
+class NoAnswer(Refusal):
+    """A daemon is there and does not answer."""
+
+
+def ask(path: Path, request: str, *, seconds: float = ANSWER_SECONDS, **arguments: object) -> Any:
     """Ask a running daemon and return the result; Refusal with its sentence or ours."""
     line = json.dumps({"request": request, **arguments}).encode() + b"\n"
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-            connection.settimeout(ANSWER_SECONDS)
+            connection.settimeout(seconds)
             connection.connect(str(path))
             connection.sendall(line)
             with connection.makefile("rb") as answers:
@@ -240,7 +244,11 @@ def ask(path: Path, request: str, **arguments: object) -> Any:
     except PermissionError:
         raise Refusal(f"{path}: may not be opened; run the command as root") from None
     except OSError as error:
-        raise Refusal(f"{path}: no answer ({error}); look at the daemon's log") from None
+        why = f"in {seconds:.0f} s" if isinstance(error, TimeoutError) else f"({error})"
+        raise NoAnswer(
+            f"the daemon at {path} gives no answer {why}; look at its log, and restart it if it "
+            "hangs"
+        ) from None
     try:
         found = json.loads(answer)
         if "error" in found:

@@ -19,18 +19,21 @@ from pyflannel.dataplane.refusal import Refusal
 from pyflannel.usage import command_help
 
 ROUTES = Path("/proc/net/route")
+NAME_IT = "name the file that the daemon writes (--subnet-file) with -f"
 
 
 def docker_options_untrusted(text: str, path: Path, *, ip_masq: bool) -> dict[str, str]:
     """Return the Docker option by variable from the text of subnet.env; Refusal if it is none."""
     found = variables_untrusted(text)
     options = {}
+    if "FLANNEL_SUBNET" not in found:
+        raise Refusal(f"{path} has no FLANNEL_SUBNET; {NAME_IT}")
     try:
-        options["DOCKER_OPT_BIP"] = f"--bip={IPv4Interface(found.get('FLANNEL_SUBNET', ''))}"
+        options["DOCKER_OPT_BIP"] = f"--bip={IPv4Interface(found['FLANNEL_SUBNET'])}"
     except ValueError:
         raise Refusal(
-            f"{path}: FLANNEL_SUBNET is {found.get('FLANNEL_SUBNET')!r}, not a subnet such as "
-            "10.5.72.1/24; name the file that the daemon writes (--subnet-file) with -f"
+            f"{path}: FLANNEL_SUBNET is {found['FLANNEL_SUBNET']!r}, not a subnet such as "
+            f"10.5.72.1/24; {NAME_IT}"
         ) from None
     masqueraded = found.get("FLANNEL_IPMASQ", "")
     if masqueraded not in ("true", "false", ""):
@@ -88,11 +91,14 @@ def main(argv: Sequence[str]) -> int:
         raise Refusal(f"-k {name!r} is not the name of a variable")
     try:
         text = source.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise Refusal(
-            f"{source} cannot be read ({error}); start the daemon first, or name its "
-            "--subnet-file with -f"
-        ) from None
+    except FileNotFoundError:
+        raise Refusal(f"{source} is not there; start the daemon first, or {NAME_IT}") from None
+    except UnicodeDecodeError:
+        raise Refusal(f"{source} is no text; {NAME_IT}") from None
+    except PermissionError:
+        raise Refusal(f"{source}: may not be read; run the command as root") from None
+    except OSError as error:
+        raise Refusal(f"{source} cannot be read ({error.strerror}); {NAME_IT}") from None
     options = docker_options_untrusted(text, source, ip_masq="-m" not in given)
     subnet = IPv4Interface(options["DOCKER_OPT_BIP"].removeprefix("--bip=")).network
     interface = gateway_of(subnet, ROUTES.read_text())

@@ -24,7 +24,7 @@ from pyflannel.command_line import Command, parse_command
 from pyflannel.control.lease import config_key
 from pyflannel.control.lease_list import LeaseList, read_leases
 from pyflannel.control.network_config import NetworkConfig
-from pyflannel.control_socket import ask, find_socket
+from pyflannel.control_socket import NoAnswer, ask, find_socket
 from pyflannel.dataplane.netlink import Netlink
 from pyflannel.dataplane.refusal import Refusal
 from pyflannel.dataplane.route import DEFAULT_PORT, Vni
@@ -78,22 +78,34 @@ def _value(report: Report) -> Any:
 
 def _lines(report: Report) -> list[str]:
     lines = [f"{x.severity.name}: {x.sentence}; {x.remedy}" for _, x in report.findings]
-    found = f"{len(lines)} findings" if lines else "nothing found"
+    found = f"{len(lines)} finding{'s' * (len(lines) > 1)}" if lines else "nothing found"
     return [*lines, f"{len(report.checks)} checks, {found}: {', '.join(report.checks)}"]
 
 
-def _daemon(command: Command) -> Any:
-    """Return the status of the running daemon, None if there is none."""
+def _ask_daemon(command: Command, report: Report) -> Any:
+    """Return the status of the running daemon, None if there is none or none that answers."""
     try:
-        return ask(find_socket(command.options.control_dir, command.vni), "status")
+        status = ask(find_socket(command.options.control_dir, command.vni), "status")
+    except NoAnswer as error:
+        sentence, _, remedy = str(error).partition("; ")
+        report.add("daemon", [failure(sentence, remedy)])
+        return None
     except Refusal:
         return None
+    report.add(
+        "daemon",
+        [
+            failure(f"the daemon is not ready: {name}: {why}", "docs/troubleshoot.md tells more")
+            for name, why in status["reasons"].items()
+        ],
+    )
+    return status
 
 
 async def examine(command: Command) -> Report:
     """Run every check that can be run."""
     options, report = command.options, Report()
-    daemon = _daemon(command)
+    daemon = _ask_daemon(command, report)
     report.add("tun", host.check_tun())
     report.add("capabilities", host.check_capabilities())
     reading, findings = await cluster.check_etcd(options)
@@ -187,4 +199,4 @@ async def _check_peers(
     reached, findings = await cluster.check_path_mtu(addresses, outer_mtu)
     report.add("path-mtu", findings)
     if is_running:
-        report.add("vteps", await cluster.check_vteps(peers, reached))
+        report.add("vteps", await cluster.check_vteps(peers, reached, options.etcd_prefix))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import email.utils
 import http.client
+import shlex
 import ssl
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -15,7 +16,7 @@ from dataclasses import replace
 from urllib.parse import urlsplit
 
 from pyflannel.control.etcd import Reading
-from pyflannel.control.lease import Lease, LeasePart, config_key
+from pyflannel.control.lease import Lease, LeasePart, config_key, lease_key
 from pyflannel.control.lease_list import LeaseList
 from pyflannel.control.network_config import (
     NetworkConfig,
@@ -57,7 +58,8 @@ async def check_etcd(options: Options) -> tuple[Reading | None, list[Finding]]:
     for endpoint, answer in zip(options.etcd_endpoints, answers):
         if isinstance(answer, Refusal):
             sentence, _, remedy = str(answer).partition("; ")
-            findings.append(say(f"{endpoint}: {sentence}", remedy))
+            named = sentence if endpoint in sentence else f"{endpoint}: {sentence}"
+            findings.append(say(named, remedy))
     return (max(found, key=lambda x: x.revision) if found else None), findings
 
 
@@ -140,7 +142,7 @@ def check_leases(found: LeaseList) -> Iterator[Finding]:
                 "gone",
             )
     for key, why in found.bad.items():
-        yield warning(f"{key} in etcd is not a lease: {why}", f"etcdctl del {key}")
+        yield warning(f"{key} in etcd is not a lease: {why}", f"etcdctl del {shlex.quote(key)}")
 
 
 def _parts(leases: Iterable[Lease]) -> Iterator[tuple[Lease, LeasePart]]:
@@ -208,7 +210,7 @@ def peers_of(leases: Iterable[Lease], ours: Collection[IPAddress]) -> dict[Lease
 
 
 async def check_vteps(
-    peers: Mapping[LeasePart, Lease], reached: Collection[IPAddress]
+    peers: Mapping[LeasePart, Lease], reached: Collection[IPAddress], prefix: str
 ) -> list[Finding]:
     """Ask each peer for an echo over the overlay, at the address of its VTEP."""
     bases = {part.subnet.network_address: part for part in peers}
@@ -229,8 +231,8 @@ async def check_vteps(
             findings.append(
                 warning(
                     f"{where}, nor does the host itself",
-                    f"look whether it is up; if it is gone, etcdctl del its key "
-                    f"{peers[part].subnet}",
+                    f"look whether it is up; if it is gone, etcdctl del "
+                    f"{shlex.quote(lease_key(prefix, peers[part].subnet))}",
                 )
             )
     return _few(findings)

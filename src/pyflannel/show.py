@@ -16,6 +16,7 @@ from pyflannel.control_socket import ask, find_socket
 from pyflannel.dataplane.refusal import Refusal
 
 PEERS_SHOWN = 20
+RELOAD_SECONDS = 30.0
 ETCD_SECONDS = 10.0
 
 Json = Mapping[str, Any]
@@ -240,6 +241,8 @@ def quantity(size: float) -> str:
 def reload_main(argv: Sequence[str]) -> int:
     """Run `pyflannel-udp reload`: return when a successor of the daemon is READY."""
     command = parse_command(argv, "reload")
-    result = ask(find_socket(command.options.control_dir, command.vni), "reload")
+    result = ask(
+        find_socket(command.options.control_dir, command.vni), "reload", seconds=RELOAD_SECONDS
+    )
     print(f"process {result['new']} has taken over from {result['old']}")
     return 0

@@ -66,20 +66,28 @@ def test_options_that_are_set_already_come_first(
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        (None, "cannot be read"),
-        ("", "FLANNEL_SUBNET is None"),
-        ("PATH=/bin\n", "FLANNEL_SUBNET is None"),
+        (None, "is not there; start the daemon first, or name the file"),
+        ("", "has no FLANNEL_SUBNET"),
+        ("PATH=/bin\n", "has no FLANNEL_SUBNET"),
+        ("FLANNEL_SUBNET=\n", "FLANNEL_SUBNET is ''"),
+        (b"\x7fELF\xd0", "is no text"),
+        ({}, "cannot be read (Is a directory)"),
         ("FLANNEL_SUBNET=10.244.35.1/99\n", "'10.244.35.1/99'"),
         (SUBNET_ENV.replace("1450", "$(id)"), "FLANNEL_MTU is '$(id)'"),
         (SUBNET_ENV.replace("true", "maybe"), "FLANNEL_IPMASQ is 'maybe'"),
     ],
 )
 def test_wrong_file_is_one_sentence(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str | None, named: str
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    text: str | bytes | dict[str, str] | None,
+    named: str,
 ) -> None:
     source, target = tmp_path / "subnet.env", tmp_path / "docker.env"
-    if text is not None:
-        source.write_text(text)
+    if isinstance(text, dict):
+        source.mkdir()
+    elif text is not None:
+        source.write_bytes(text if isinstance(text, bytes) else text.encode())
     assert main(["docker-opts", "-f", str(source), "-d", str(target)]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"pyflannel-udp docker-opts: {source}")

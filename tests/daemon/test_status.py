@@ -8,6 +8,7 @@ c2 -- h2 (ours) ---+-- switch, etcd
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from tests.lab.hosts import (
     Host,
     Lab,
     container_address,
+    freeze,
     lab,
     ping,
     wait_until,
@@ -227,6 +229,25 @@ def test_bad_input_is_one_sentence(
     assert found == code
     (line,) = errors.splitlines()
     assert named in line
+
+
+def test_a_daemon_that_hangs_is_told_in_time(made: Lab) -> None:
+    host = made.hosts[1]
+    daemon = host.processes[0]
+    freeze(daemon)
+    try:
+        code, _, errors = _command(host, "status", "--control-dir", str(host.folder))
+        where = ("--control-dir", str(host.folder), "--etcd-endpoints", ETCD)
+        worst, output, _ = _command(host, "doctor", *where)
+    finally:
+        daemon.send_signal(signal.SIGCONT)
+    sentence = (
+        f"the daemon at {host.folder}/pyflannel-1.sock gives no answer in 5 s; look at its log"
+    )
+    assert (code, errors.count("\n")) == (1, 1)
+    assert sentence in errors
+    assert worst == 2
+    assert f"FAILURE: {sentence}" in output
 
 
 def test_an_address_that_is_none_is_one_sentence(made: Lab) -> None:

@@ -184,6 +184,9 @@ def test_ipv4_is_not_carried_by_the_ipv6_device() -> None:
     with context() as made:
         packet = bytes(IP(src="10.5.1.9", dst="10.5.2.7"))
         assert made.encapsulate(packet) == Dropped("encap_family")
+        # What the kernel sends by itself on every device is told apart.
+        packet = bytes(IP(src="10.5.1.9", dst="224.0.0.22"))
+        assert made.encapsulate(packet) == Dropped("encap_multicast")
 
 
 @pytest.mark.parametrize("length", [*range(40, 110), 1280, 1429, 1430])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import IPv4Address, IPv6Address, ip_network
 
 from pyflannel.dataplane.route import IPAddress, IPNetwork, MacAddress, Route
@@ -21,6 +21,9 @@ _NO_SOURCE = {
     4: ("0.0.0.0/8", "127.0.0.0/8", "224.0.0.0/4", "255.255.255.255/32"),
     6: ("::/128", "::1/128", "ff00::/8"),
 }
+
+
+_EVERYTHING = {4: ip_network("0.0.0.0/0"), 6: ip_network("::/0")}
 
 
 def checksum(octets: bytes) -> int:
@@ -53,7 +56,9 @@ class Twin:
         if not packet or packet[0] >> 4 not in (4, 6):
             return "encap_malformed"
         if packet[0] >> 4 != self.network.version:
-            return "encap_family"
+            other = replace(self, network=_EVERYTHING[packet[0] >> 4])
+            is_multicast = other.encapsulate(packet) == "encap_multicast"
+            return "encap_multicast" if is_multicast else "encap_family"
         length = self._inner_length(packet)
         if length is None:
             return "encap_malformed"

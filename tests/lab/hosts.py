@@ -214,7 +214,7 @@ class Host(Namespace):
         """Wait until its daemon wrote a text; a line about something done comes after it."""
         wait_until(lambda: self.log.read_text().count(text) >= times, f"it says {text!r}")
 
-    def ask(self, request: str, **arguments: object) -> Any:
+    def ask(self, request: str, **arguments: Any) -> Any:
         """Ask its daemon, of VNI 1, over the control socket, which is in no namespace."""
         return ask(self.folder / "pyflannel-1.sock", request, **arguments)
 
