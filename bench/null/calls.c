@@ -112,15 +112,7 @@ static void encapsulate(void *sender)
 {
 	struct sender *s = sender;
 
-	for (size_t i = 0; i < READS && !is_full(&s->encap); i++) {
-		uint8_t *slot = s->slots + i * SLOT;
-		bool gapped;
-		ssize_t got = read_packet(&s->encap, slot, &gapped);
-
-		if (got < 1)
-			break;
-		take_packet(&s->encap, slot, (size_t)got, gapped);
-	}
+	read_packets(&s->encap, s->slots, SLOT, READS);
 	send_messages(s);
 }
 
@@ -137,7 +129,7 @@ static void run(const struct options *options, bool zerocopy)
 		fail("memory");
 	if (zerocopy && setsockopt(s.wire, SOL_SOCKET, SO_ZEROCOPY, &on, sizeof(on)))
 		fail("SO_ZEROCOPY");
-	forward(options, s.wire, encapsulate, &s);
+	forward_received(options, s.wire, encapsulate, &s);
 }
 
 void run_calls(const struct options *options)

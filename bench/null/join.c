@@ -26,16 +26,16 @@ static void set_length(uint8_t *packet, size_t length)
 
 /**
  * write_now() - Write a super-packet and empty the group
- * @tun:	the TUN
- * @group:	with its vnet header
+ * @d:		decapsulation, whose group has its vnet header
  *
  * What the TUN has no room for, or gets while it is still down (EIO), is dropped.
  */
-void write_now(int tun, struct group *group)
+void write_now(struct decap *d)
 {
-	if (writev(tun, group->vectors, (int)group->count) < 0 && errno != EAGAIN && errno != EIO)
+	if (writev(d->tun, d->group->vectors, (int)d->group->count) < 0 && errno != EAGAIN &&
+	    errno != EIO)
 		fail("writev");
-	group->count = 0;
+	d->group->count = 0;
 }
 
 /**

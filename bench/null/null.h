@@ -25,9 +25,8 @@
 //
 // Common to them:
 // --design	how segments come together: `gather` leaves the payload where it was read, and
-// iovecs
-//		name it and headers in an arena; `flat` copies both into one buffer; `gaps` reads
-//		with room for the headers of a guessed segment size
+//		iovecs name it and headers in an arena; `flat` copies both into one buffer; `gaps`
+//		reads with room for the headers of a guessed segment size
 // --threads	1: one waits for both directions; 2: one for each
 // --queue	packets that the TUN holds
 
@@ -110,12 +109,22 @@ struct group {
 struct decap {
 	struct group *group; // being joined
 	void (*write)(struct decap *d); // writes it and leaves an empty one
-	void *context; // its own
+	int tun; // for write_now()
+	void *context; // for another
+};
+
+struct sides {
+	int wire; // to wait for what decapsulate() takes
+	void (*encapsulate)(void *sender); // one turn, without waiting
+	void *sender;
+	void (*decapsulate)(void *receiver, bool wait); // one turn
+	void *receiver;
 };
 
 void encap_init(struct encap *e, const struct options *options);
 ssize_t read_packet(struct encap *e, uint8_t *slot, bool *gapped);
 void take_packet(struct encap *e, uint8_t *slot, size_t got, bool gapped);
+void read_packets(struct encap *e, uint8_t *slots, size_t stride, size_t count);
 void gather_messages(struct encap *e, uint8_t *to);
 void start_turn(struct encap *e);
 
@@ -132,11 +141,12 @@ static inline bool is_full(const struct encap *e)
 
 void join_message(struct decap *d, uint8_t *bytes, size_t length, size_t datagram);
 void flush(struct decap *d);
-void write_now(int tun, struct group *group);
+void write_now(struct decap *d);
 
 int open_wire(const struct options *options);
-void forward(const struct options *options, int wire, void (*encapsulate)(void *sender),
-	     void *sender);
+void forward(const struct options *options, const struct sides *sides);
+void forward_received(const struct options *options, int wire, void (*encapsulate)(void *sender),
+		      void *sender);
 size_t set_segment_size(struct msghdr *head, void *control, size_t segment);
 size_t gro_size(struct msghdr *head, size_t length);
 

@@ -79,14 +79,7 @@ static void encapsulate(void *sender)
 	struct encap *e = &s->encap;
 	size_t sent = 0;
 
-	for (size_t i = 0; i < READS && !is_full(e); i++) {
-		bool gapped;
-		ssize_t got = read_packet(e, s->slots + i * SLOT, &gapped);
-
-		if (got < 1)
-			break;
-		take_packet(e, s->slots + i * SLOT, (size_t)got, gapped);
-	}
+	read_packets(e, s->slots, SLOT, READS);
 	for (size_t i = 0; i < e->message_count; i++) {
 		struct message *message = &e->messages[i];
 
@@ -128,7 +121,7 @@ void run_packet(const struct options *options)
 {
 	int udp = open_wire(options);
 
-	forward(options, udp, encapsulate, open_sender(options, udp));
+	forward_received(options, udp, encapsulate, open_sender(options, udp));
 }
 
 static struct tpacket2_hdr *free_frame(const struct packet_sender *s, size_t taken)
@@ -215,5 +208,5 @@ void run_packet_ring(const struct options *options)
 		mmap(NULL, (size_t)FRAME * FRAMES, PROT_READ | PROT_WRITE, MAP_SHARED, s->wire, 0);
 	if (s->ring == MAP_FAILED)
 		fail("mmap");
-	forward(options, udp, encapsulate_in_ring, s);
+	forward_received(options, udp, encapsulate_in_ring, s);
 }

@@ -1,9 +1,7 @@
-// Decapsulation by recvmmsg and writev, and who waits for what.
+// Decapsulation by recvmmsg and writev.
 
 #define _GNU_SOURCE
 #include <netinet/udp.h>
-#include <poll.h>
-#include <pthread.h>
 
 #include "null.h"
 
@@ -54,24 +52,18 @@ size_t gro_size(struct msghdr *head, size_t length)
 struct receiver {
 	struct decap decap;
 	struct group group;
-	int tun, wire;
+	int wire;
 	uint8_t *slots;
 };
 
-static void write_group(struct decap *d)
-{
-	struct receiver *r = d->context;
-
-	write_now(r->tun, d->group);
-}
-
 /**
  * decapsulate() - One turn: receive what is there, write it to the TUN
- * @r:		the receiver
- * @flags:	MSG_DONTWAIT, or MSG_WAITFORONE to sleep until something arrives
+ * @receiver:	the receiver
+ * @wait:	whether to sleep until something arrives
  */
-static void decapsulate(struct receiver *r, int flags)
+static void decapsulate(void *receiver, bool wait)
 {
+	struct receiver *r = receiver;
 	struct mmsghdr mmsg[RECEIVES];
 	struct iovec vectors[RECEIVES];
 	union {
@@ -87,63 +79,29 @@ static void decapsulate(struct receiver *r, int flags)
 						    .msg_control = &control[i],
 						    .msg_controllen = sizeof(control[i]) };
 	}
-	got = recvmmsg(r->wire, mmsg, RECEIVES, flags, NULL);
+	got = recvmmsg(r->wire, mmsg, RECEIVES, wait ? MSG_WAITFORONE : MSG_DONTWAIT, NULL);
 	for (int i = 0; i < got; i++)
 		join_message(&r->decap, r->slots + i * SLOT, mmsg[i].msg_len,
 			     gro_size(&mmsg[i].msg_hdr, mmsg[i].msg_len));
 	flush(&r->decap);
 }
 
-struct waiting {
-	int tun;
-	void (*encapsulate)(void *sender);
-	void *sender;
-};
-
-static void *encapsulate_forever(void *waiting)
-{
-	struct waiting *w = waiting;
-
-	for (;;) {
-		poll(&(struct pollfd) { w->tun, POLLIN, 0 }, 1, -1);
-		w->encapsulate(w->sender);
-	}
-	return NULL;
-}
-
 /**
- * forward() - Forward in both directions for ever
+ * forward_received() - Forward for ever, receiving by recvmmsg
  * @options:	the TUN and how many threads
  * @wire:	socket to receive from
  * @encapsulate: one turn of the other direction, which ends when nothing is left
  * @sender:	its argument
  */
-void forward(const struct options *options, int wire, void (*encapsulate)(void *sender),
-	     void *sender)
+void forward_received(const struct options *options, int wire, void (*encapsulate)(void *sender),
+		      void *sender)
 {
 	static struct receiver r;
-	struct waiting w = { options->tun, encapsulate, sender };
-	pthread_t thread;
 
-	r.tun = options->tun;
 	r.wire = wire;
 	r.slots = malloc((size_t)RECEIVES * SLOT);
-	r.decap = (struct decap) { &r.group, write_group, &r };
 	if (!r.slots)
 		fail("memory");
-	if (options->threads == 2) {
-		if (pthread_create(&thread, NULL, encapsulate_forever, &w))
-			fail("pthread_create");
-		for (;;)
-			decapsulate(&r, MSG_WAITFORONE);
-	}
-	for (;;) {
-		struct pollfd ready[2] = { { w.tun, POLLIN, 0 }, { wire, POLLIN, 0 } };
-
-		poll(ready, 2, -1);
-		if (ready[0].revents)
-			encapsulate(sender);
-		if (ready[1].revents)
-			decapsulate(&r, MSG_DONTWAIT);
-	}
+	r.decap = (struct decap) { .group = &r.group, .write = write_now, .tun = options->tun };
+	forward(options, &(struct sides) { wire, encapsulate, sender, decapsulate, &r });
 }

@@ -177,6 +177,26 @@ void take_packet(struct encap *e, uint8_t *slot, size_t length, bool gapped)
 }
 
 /**
+ * read_packets() - Add packets to the messages of this turn, until none is left or it is full
+ * @e:		encapsulation
+ * @slots:	where to; they stay as they are until the messages are sent
+ * @stride:	bytes from one slot to the next
+ * @count:	slots
+ */
+void read_packets(struct encap *e, uint8_t *slots, size_t stride, size_t count)
+{
+	for (size_t i = 0; i < count && !is_full(e); i++) {
+		uint8_t *slot = slots + i * stride;
+		bool gapped;
+		ssize_t got = read_packet(e, slot, &gapped);
+
+		if (got < 1)
+			break;
+		take_packet(e, slot, (size_t)got, gapped);
+	}
+}
+
+/**
  * gather_messages() - Copy each message into one piece
  * @e:		encapsulation
  * @to:		room for 2 * READ_BYTES

@@ -258,7 +258,7 @@ static void run_directions(struct uring *u, bool out, bool in)
 	struct io_uring_params parameters = { .flags = IORING_SETUP_SINGLE_ISSUER |
 						       IORING_SETUP_DEFER_TASKRUN };
 
-	u->decap = (struct decap) { &u->groups[0], write_group, u };
+	u->decap = (struct decap) { .group = &u->groups[0], .write = write_group, .context = u };
 	if (io_uring_queue_init_params(ENTRIES, &u->ring, &parameters))
 		fail("io_uring_queue_init");
 	open_buffers(u, &u->reads, READ);

@@ -10,7 +10,6 @@
 #include <linux/if_link.h>
 #include <linux/if_xdp.h>
 #include <poll.h>
-#include <pthread.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
 
@@ -38,7 +37,7 @@ struct xdp {
 	struct encap encap;
 	struct decap decap;
 	struct group group;
-	int tun, socket;
+	int socket;
 	uint8_t *memory;
 	struct outer outer;
 	struct ring fill, completion, rx, tx;
@@ -204,32 +203,23 @@ static void send_frames(struct xdp *x)
 	start_turn(e);
 }
 
-static void encapsulate(struct xdp *x)
+static void encapsulate(void *forwarder)
 {
-	for (size_t i = 0; i < SLOTS && !is_full(&x->encap); i++) {
-		uint8_t *slot = x->memory + i * SLOT_CHUNKS * CHUNK + HEADER;
-		bool gapped;
-		ssize_t got = read_packet(&x->encap, slot, &gapped);
+	struct xdp *x = forwarder;
 
-		if (got < 1)
-			break;
-		take_packet(&x->encap, slot, (size_t)got, gapped);
-	}
+	read_packets(&x->encap, x->memory + HEADER, SLOT_CHUNKS * CHUNK, SLOTS);
 	send_frames(x);
 }
 
-static void write_group(struct decap *d)
+static void decapsulate(void *forwarder, bool wait)
 {
-	struct xdp *x = d->context;
-
-	write_now(x->tun, d->group);
-}
-
-static void decapsulate(struct xdp *x)
-{
-	uint32_t end = __atomic_load_n(x->rx.producer, __ATOMIC_ACQUIRE), begin = x->rx.at;
+	struct xdp *x = forwarder;
 	struct xdp_desc *frames = x->rx.entries;
+	uint32_t begin = x->rx.at, end;
 
+	if (wait)
+		poll(&(struct pollfd) { x->socket, POLLIN, 0 }, 1, -1);
+	end = __atomic_load_n(x->rx.producer, __ATOMIC_ACQUIRE);
 	for (; x->rx.at != end; x->rx.at++) {
 		struct xdp_desc *frame = &frames[x->rx.at % RING];
 
@@ -245,45 +235,16 @@ static void decapsulate(struct xdp *x)
 	__atomic_store_n(x->fill.producer, x->fill.at, __ATOMIC_RELEASE);
 }
 
-static void *encapsulate_forever(void *forwarder)
-{
-	struct xdp *x = forwarder;
-
-	for (;;) {
-		poll(&(struct pollfd) { x->tun, POLLIN, 0 }, 1, -1);
-		encapsulate(x);
-	}
-	return NULL;
-}
-
 void run_xdp(const struct options *options)
 {
 	static struct xdp x;
 	int link = open_outer(&x.outer, options, open_wire(options));
-	pthread_t thread;
 
 	encap_init(&x.encap, options);
 	x.encap.stride = CHUNK;
 	x.encap.room = SLOT_CHUNKS * CHUNK - HEADER;
-	x.tun = options->tun;
-	x.decap = (struct decap) { &x.group, write_group, &x };
+	x.decap = (struct decap) { .group = &x.group, .write = write_now, .tun = options->tun };
 	open_socket(&x, link);
 	steer(&x, link);
-	if (options->threads == 2) {
-		if (pthread_create(&thread, NULL, encapsulate_forever, &x))
-			fail("pthread_create");
-		for (;;) {
-			poll(&(struct pollfd) { x.socket, POLLIN, 0 }, 1, -1);
-			decapsulate(&x);
-		}
-	}
-	for (;;) {
-		struct pollfd ready[2] = { { x.tun, POLLIN, 0 }, { x.socket, POLLIN, 0 } };
-
-		poll(ready, 2, -1);
-		if (ready[0].revents)
-			encapsulate(&x);
-		if (ready[1].revents)
-			decapsulate(&x);
-	}
+	forward(options, &(struct sides) { x.socket, encapsulate, &x, decapsulate, &x });
 }
