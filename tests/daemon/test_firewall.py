@@ -46,6 +46,7 @@ def host(made: Lab) -> Iterator[Host]:
         host.stop(index)
     host.processes.clear()
     for tool in ("iptables", "iptables-legacy"):
+        host.exec(tool, "-P", "FORWARD", "ACCEPT")
         for table, hook in (("nat", "POSTROUTING"), ("filter", "FORWARD")):
             host.exec(tool, "-t", table, "-F", hook)
             for name in ("FLANNEL-POSTRTG", "FLANNEL-FWD"):
@@ -149,13 +150,20 @@ def test_container_is_masqueraded(made: Lab, host: Host, kind: str) -> None:
     assert ping(container, SWITCH_ADDRESS)
 
 
-def test_forward_chain_accepts_behind_a_policy_of_drop(made: Lab, host: Host) -> None:
-    _start(made, host, "nf_tables")
-    assert "-A FLANNEL-FWD -s 10.244.0.0/16" in _rules(host, "nf_tables")
-    assert "POSTRTG" not in _rules(host, "nf_tables")
-    host.stop(0)
-    _start(made, host, "nf_tables", "--iptables-forward-rules=false")
-    assert "FLANNEL" not in _rules(host, "nf_tables")
+@pytest.mark.parametrize("kind", ["nf_tables", "legacy"], indirect=True)
+def test_forward_chain_accepts_behind_a_policy_of_drop(made: Lab, host: Host, kind: str) -> None:
+    host.exec("iptables-legacy" if kind == "legacy" else "iptables-nft", "-P", "FORWARD", "DROP")
+    index = _start(made, host, kind, "--ip-masq")
+    container = host.container or made.add_container(host)
+    assert ping(container, SWITCH_ADDRESS)
+    host.stop(index)
+    index = _start(made, host, kind, "--ip-masq", "--iptables-forward-rules=false")
+    assert "FLANNEL-FWD" not in _rules(host, kind)
+    assert not ping(container, SWITCH_ADDRESS)
+    host.stop(index)
+    _start(made, host, kind)
+    assert "-A FLANNEL-FWD -s 10.244.0.0/16" in _rules(host, kind)
+    assert "POSTRTG" not in _rules(host, kind)
 
 
 def test_other_kinds_rules_are_removed(made: Lab, host: Host) -> None:

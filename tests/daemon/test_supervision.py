@@ -17,10 +17,11 @@ import pytest
 
 from pyflannel.notify import notify
 from pyflannel.pulse import watchdog_seconds
-from tests.lab.hosts import CONFIG, PREFIX, Host, Lab, lab, wait_until
+from tests.lab.hosts import CONFIG, PREFIX, Host, Lab, freeze, lab, wait_until
 from tests.lab.require import require_program, require_root
 
 PORT = 8081
+LEASES = 4000
 # sys/ptrace.h
 PTRACE_DETACH, PTRACE_SEIZE, PTRACE_INTERRUPT = 17, 0x4206, 0x4207
 WAIT_ALL_THREADS = 0x40000000
@@ -100,6 +101,22 @@ def test_ready_reloading_stopping(made: Lab, host: Host, supervisor: Supervisor)
     assert host.stop(index) == 0
     assert supervisor.has("STOPPING=1")
     assert not supervisor.has("WATCHDOG=1")
+
+
+def test_ready_means_that_every_lease_is_in_force(
+    made: Lab, host: Host, supervisor: Supervisor
+) -> None:
+    made.put_config('{"Network":"10.0.0.0/8","SubnetMin":"10.200.0.0","Backend":{"Type":"vxlan"}}')
+    made.add_leases(LEASES)
+    index = made.start_daemon(host, wrapper=supervisor.env(), wait=False)
+    try:
+        wait_until(lambda: supervisor.has("READY=1"), "READY")
+        freeze(host.processes[index])
+        assert host.ip("route").count(" dev flannel.1 onlink") == LEASES
+        host.processes[index].send_signal(signal.SIGCONT)
+        assert len(host.ask("peers")) == LEASES
+    finally:
+        made.etcdctl("del", "--prefix", f"{PREFIX}/subnets/")
 
 
 def test_sighup_uses_what_it_can_and_names_the_rest(made: Lab, host: Host) -> None:
