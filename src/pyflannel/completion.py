@@ -1,4 +1,6 @@
-"""`pyflannel-udp completion`: the completion script of bash, from the tables of flags and commands.
+"""`pyflannel-udp completion`: the script of a shell, from the tables of flags and commands.
+
+That of bash is here.
 
 Not argparse's completers (shtab, argcomplete), as the command line is Go's and not argparse's.
 """
@@ -7,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from pyflannel import completion_fish, completion_zsh
 from pyflannel.command_line import parse_words
-from pyflannel.flags import FLAGS
 from pyflannel.options import UsageError
-from pyflannel.usage import SUBCOMMANDS, Subcommand
+from pyflannel.usage import DAEMON_FLAGS, SUBCOMMANDS, Subcommand
 
 _BASH = """\
 _pyflannel_udp() {{
@@ -39,17 +41,17 @@ complete -F _pyflannel_udp pyflannel-udp"""
 def main(argv: Sequence[str]) -> int:
     """Print the script of the shell that is named."""
     (shell,) = parse_words(argv, "completion")
-    if shell != "bash":
-        raise UsageError(f"there is none for {shell}, only for bash")
-    print(bash())
+    if shell not in _SCRIPTS:
+        raise UsageError(f"there is none for {shell}, only for {', '.join(_SCRIPTS)}")
+    print(_SCRIPTS[shell]())
     return 0
 
 
 def _valued() -> Iterator[tuple[str, str]]:
     """Yield each flag that has a value, behind the command it belongs to, and the value's name."""
-    for flag in FLAGS:
-        if not flag.is_boolean:
-            yield f"*:--{flag.name}", flag.kind.shown
+    for flag in DAEMON_FLAGS:
+        if flag.value:
+            yield f"*:{flag.spelled}", flag.value
     for command in SUBCOMMANDS:
         for own in command.flags:
             if own.value:
@@ -57,9 +59,9 @@ def _valued() -> Iterator[tuple[str, str]]:
 
 
 def _words(command: Subcommand) -> str:
-    daemons = [f"--{flag.name}" for flag in FLAGS] if command.takes_daemon_flags else []
-    choices = command.arguments.split("|") if command.arguments.islower() else []
-    return " ".join([*choices, "--help", *(own.spelled for own in command.flags), *daemons])
+    daemons = DAEMON_FLAGS if command.takes_daemon_flags else ()
+    flags = (flag.spelled for flag in (*command.flags, *daemons))
+    return " ".join([*command.choices, "--help", *flags])
 
 
 def _way(value: str) -> str:
@@ -78,10 +80,13 @@ def bash() -> str:
     patterns: dict[str, list[str]] = {}
     for pattern, value in _valued():
         patterns.setdefault(_way(value), []).append(pattern)
-    flags = " ".join(f"--{flag.name}" for flag in FLAGS)
+    flags = " ".join(flag.spelled for flag in DAEMON_FLAGS)
     return _BASH.format(
         values="\n".join(f"\t{' | '.join(x)}) {way} ;;" for way, x in patterns.items()),
         first=" ".join([*(command.name for command in SUBCOMMANDS), "--help", flags]),
         commands="\n".join(f"\t\t*:{x.name}) words='{_words(x)}' ;;" for x in SUBCOMMANDS),
         flags=f"--help {flags}",
     )
+
+
+_SCRIPTS = {"bash": bash, "zsh": completion_zsh.script, "fish": completion_fish.script}

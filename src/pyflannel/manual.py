@@ -78,7 +78,7 @@ def page() -> Iterator[str]:
                 "FLANNELD_*",
                 "Flags that are not given; one that cannot be read is told and ignored.",
             ),
-            ("NOTIFY_SOCKET", "READY, RELOADING, STOPPING and the watchdog, for systemd."),
+            ("NOTIFY_SOCKET", "READY, RELOADING, STOPPING, status and watchdog, for systemd."),
         )
     )
     for title, pairs in (("FILES", _FILES), ("SIGNALS", _SIGNALS), ("EXIT STATUS", _EXIT)):

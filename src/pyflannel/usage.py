@@ -33,6 +33,11 @@ class OwnFlag:
         """How it is written."""
         return f"{self.spelled} {self.value}".rstrip()
 
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The values there are, if they can be told."""
+        return tuple(self.value.split("|")) if "|" in self.value else ()
+
 
 @dataclass(frozen=True, slots=True)
 class Subcommand:
@@ -48,6 +53,11 @@ class Subcommand:
     details: str
     flags: tuple[OwnFlag, ...] = ()
     takes_daemon_flags: bool = False
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The words that its argument can be, if they can be told."""
+        return tuple(self.arguments.split("|")) if self.arguments.islower() else ()
 
     @property
     def synopsis(self) -> str:
@@ -145,11 +155,15 @@ SUBCOMMANDS: tuple[Subcommand, ...] = (
     Subcommand(
         "completion",
         _INSTALL,
-        "bash",
+        "bash|zsh|fish",
         "print the completion script of a shell",
-        "For bash: source <(pyflannel-udp completion bash)",
+        "To try it: source <(pyflannel-udp completion bash), the same with zsh, or in fish: "
+        "pyflannel-udp completion fish | source",
     ),
 )
+
+DAEMON_FLAGS = tuple(OwnFlag(f"--{flag.name}", flag.kind.shown, flag.explained) for flag in FLAGS)
+"""The daemon's flags as the completions tell them."""
 
 _BY_NAME = {command.name: command for command in SUBCOMMANDS}
 

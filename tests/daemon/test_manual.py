@@ -1,10 +1,11 @@
-"""The manual page and the completion: complete, and understood by mandoc, man and bash."""
+"""The manual page and the completion: complete, and understood by mandoc, man and the shells."""
 
 from __future__ import annotations
 
 import os
 import pty
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -91,7 +92,7 @@ def test_the_page_tells_every_flag_and_command(capsys: pytest.CaptureFixture[str
         ("docker-opts -", ["--help", "-f", "-d", "-i", "-c", "-k", "-m"]),
         ("docker-opts -d ", ["default"]),
         ("man --", ["--help"]),
-        ("completion b", ["bash"]),
+        ("completion ", ["bash", "zsh", "fish", "--help"]),
     ],
 )
 def test_bash_completes(
@@ -106,21 +107,113 @@ def test_every_command_and_flag_is_proposed(capsys: pytest.CaptureFixture[str]) 
     assert proposed == [*(command.name for command in SUBCOMMANDS), "--help", *flags]
 
 
-def test_the_tab_key_in_an_interactive_shell(tmp_path: Path) -> None:
-    (tmp_path / "authority.pem").touch()
+def type_in(tmp_path: Path, *argv: str, typed: str) -> str:
+    """Return what a terminal shows whose interactive shell gets this typed."""
     pid, terminal = pty.fork()
     if pid == 0:
         os.chdir(tmp_path)
-        os.execve("/bin/bash", ["bash", "--norc"], {"PATH": "/usr/bin:/bin", "TERM": "dumb"})
-    os.write(terminal, f"source <({sys.executable} -m pyflannel completion bash)\n".encode())
-    os.write(terminal, b"pyflannel-udp --etcd-ca\tauth\t\x01echo \nexit\n")
+        environment = {"PATH": "/usr/bin:/bin", "TERM": "dumb", "HOME": str(tmp_path)}
+        os.execve(f"/bin/{argv[0]}", argv, environment)
+    os.write(terminal, typed.encode())
     shown = b""
     try:
         while part := os.read(terminal, 4096):
             shown += part
     except OSError:  # what a terminal says at its end
         os.waitpid(pid, 0)
-    assert b"\npyflannel-udp --etcd-cafile authority.pem" in shown
+    return shown.decode()
+
+
+@pytest.mark.parametrize(
+    ("argv", "prepare"),
+    [
+        (("bash", "--norc"), "source <(SCRIPT)"),
+        (("zsh", "-f"), "autoload -U compinit; compinit -u -D; source <(SCRIPT)"),
+        (
+            ("zsh", "-f"),
+            "SCRIPT >_pyflannel-udp; fpath=($PWD $fpath); autoload -U compinit; compinit -u -D",
+        ),
+    ],
+    ids=["bash", "zsh", "zsh-fpath"],
+)
+def test_the_tab_key_in_an_interactive_shell(
+    tmp_path: Path, argv: tuple[str, ...], prepare: str
+) -> None:
+    require_program(argv[0])
+    (tmp_path / "authority.pem").touch()
+    script = f"{sys.executable} -m pyflannel completion {argv[0]}"
+    lines = (
+        "--etcd-ca\tauth\t",
+        "sta\t--js\t",
+        "trace 10.5.2.7 --anti-spoofing enf\t",
+        "docker-opts -k NAME -f auth\t",
+        "completion fi\t",
+    )
+    # Each line is printed, not run.
+    typed = "".join(f"pyflannel-udp {line}\x01echo said \n" for line in lines)
+    shown = type_in(tmp_path, *argv, typed=f"{prepare.replace('SCRIPT', script)}\n{typed}exit\n")
+    said = [x.split() for x in shown.replace("=", " ").splitlines() if x.startswith("said")]
+    assert [" ".join(words[2:]) for words in said] == [
+        "--etcd-cafile authority.pem",
+        "status --json",
+        "trace 10.5.2.7 --anti-spoofing enforce",
+        "docker-opts -k NAME -f authority.pem",
+        "completion fish",
+    ]
+
+
+def fish(capsys: pytest.CaptureFixture[str], tmp_path: Path, typed: str) -> list[str]:
+    """Return what fish proposes for words typed so far."""
+    require_program("fish")
+    script = printed(capsys, "completion", "fish")
+    done = subprocess.run(
+        ["fish", "--no-config", "-c", f"{script}\ncomplete -C {shlex.quote(typed)}"],
+        env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert not done.stderr
+    return [line.split("\t")[0] for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("typed", "proposed"),
+    [
+        ("sta", ["status"]),
+        ("--ip-masq --anti-spoofing ", ["enforce", "log", "off"]),
+        ("--sched=r", ["--sched=raised", "--sched=realtime"]),
+        ("--iface l", ["lo"]),
+        ("--poll-us ", []),
+        ("--etcd-cafile aut", ["authority.pem"]),
+        ("status --js", ["--json"]),
+        ("docker-opts --iface", []),
+        ("completion ", ["bash", "fish", "zsh"]),
+    ],
+)
+def test_fish_completes(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, typed: str, proposed: list[str]
+) -> None:
+    (tmp_path / "authority.pem").touch()
+    assert fish(capsys, tmp_path, f"pyflannel-udp {typed}") == proposed
+
+
+def test_fish_proposes_every_command_and_flag(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    names = [command.name for command in SUBCOMMANDS]
+    assert fish(capsys, tmp_path, "pyflannel-udp ") == sorted(names)
+    flags = [f"--{flag.name}" for flag in FLAGS]
+    found = fish(capsys, tmp_path, "pyflannel-udp --")
+    assert sorted(x.rstrip("=") for x in found) == sorted([*flags, "--help"])
+
+
+def test_zsh_knows_every_command_and_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    script = printed(capsys, "completion", "zsh")
+    for command in SUBCOMMANDS:
+        assert f"'{command.name}:" in script and f"\t{command.name}) _arguments" in script
+    for flag in FLAGS:
+        assert re.search(rf"'\*--{flag.name}{'' if flag.is_boolean else '='}\[", script), flag.name
 
 
 @pytest.mark.parametrize("argv", [["man", "ls"], ["completion"], ["completion", "csh"]])

@@ -154,9 +154,16 @@ def test_it_does_its_work_within_its_confinement(nodes: tuple[Lab, Booted]) -> N
     assert "of-the-host" not in node.run("ls", f"{root}/tmp")
     mounts = node.run("cat", f"/proc/{_main(node)}/mountinfo")
     assert re.search(r" / / ro,", mounts)
+    assert not _anybody_reads_subnet_env(node)
     program = f"/opt/pyflannel/bin/{SERVICE}"
     assert re.search(r"(?m)^ *state +ready", node.run(program, "status"))
     assert str(made.hosts[1].address) in node.run(program, "peers")
+
+
+def _anybody_reads_subnet_env(node: Booted) -> bool:
+    nobody = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
+    read = node.run(*nobody, "cat", "/run/flannel/subnet.env", check=False)
+    return "FLANNEL_SUBNET=" in read
 
 
 def _thread_schedules(node: Booted) -> set[tuple[int, int]]:
@@ -286,6 +293,7 @@ def test_legacy_iptables_needs_the_drop_in(nodes: tuple[Lab, Booted]) -> None:
         assert refused in node.journal()
         with _drop_in(node, "DynamicUser=no", "ReadWritePaths=/run"):
             node.systemctl("restart", SERVICE)
+            assert _anybody_reads_subnet_env(node)
             for tool in ("iptables-legacy", "ip6tables-legacy"):
                 assert "MASQUERADE --random-fully" in host.exec(f"{tool}-save", "-t", "nat")
                 assert "-j FLANNEL-FWD" in host.exec(f"{tool}-save", "-t", "filter")

@@ -12,6 +12,7 @@ files; tests/lab/ holds what stands in for systemctl, journalctl and flanneld.
 from __future__ import annotations
 
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -158,6 +159,15 @@ def test_commands_within_sentences_are_run_too(pages: Pages) -> None:
     for path in (*PAGES, DOCKER):
         for span in re.findall(rf"`((?:{programs}) [^`]+)`", path.read_text()):
             assert " ".join(span.split()) in run, f"{path.name}: nobody runs {span}"
+
+
+def test_what_is_to_be_made_can_be_made() -> None:
+    """What takes minutes is not run here; tests/bench/ and the tests of its parts do."""
+    for name in ("README.md", "CONTRIBUTING.md", "bench/README.md"):
+        commands = re.findall(r"(?:`|sudo )(make [^`#&\n]+)", (ROOT / name).read_text())
+        assert commands
+        for command in commands:
+            subprocess.run([*command.split(), "-n"], cwd=ROOT, check=True, capture_output=True)
 
 
 def test_flags_variables_and_commands_that_pages_name_exist() -> None:
