@@ -102,14 +102,16 @@ class HostWatch:
                     await asyncio.sleep(settle)
                 self._changed.clear()
                 now, self._concern = self._concern or EVERYTHING, Concern.NOTHING
-                began = time.monotonic()
+                began, failed = time.monotonic(), False
                 try:
                     await self._look(now)
                 except (Refusal, OSError) as error:
                     self._readiness.set(self._reason, f"{error}; trying again")
+                    failed = True
+                settle = max(SETTLE_SECONDS, SETTLE_FACTOR * (time.monotonic() - began))
+                if failed:
                     await asyncio.sleep(RETRY_SECONDS)
                     self._note(now)
-                settle = max(SETTLE_SECONDS, SETTLE_FACTOR * (time.monotonic() - began))
 
     async def _look(self, now: Concern) -> None:
         overlay = self._overlay
