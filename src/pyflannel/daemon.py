@@ -225,9 +225,9 @@ class Daemon:
         inherited.close()
         overlays.keep_queues()
         self._readiness.clear("starting")
-        notify("READY=1")
         _spare_collector()
         log.info("Running backend.")
+        notify("READY=1")
 
         async def adopt(own: Lease) -> None:
             await overlays.apply(table.set_own_subnet(own.subnet))

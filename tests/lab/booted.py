@@ -119,7 +119,8 @@ class Booted:
         return self.systemctl("show", "--value", "-p", name, SERVICE).strip()
 
     def journal(self) -> str:
-        """Return what the service and systemd logged."""
+        """Return what the service and systemd have logged until now."""
+        self.run("journalctl", "--sync")
         return self.run("journalctl", "--no-pager", "-o", "cat", check=False)
 
     def path(self, name: str) -> Path:
