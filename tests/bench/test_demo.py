@@ -40,10 +40,10 @@ def left_behind(tag: str, session: int) -> list[str]:
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = stat.read_text().rpartition(")")[2].split()
+            if int(fields[3]) == session and fields[0] != "Z":
+                found.append((stat.parent / "cmdline").read_text())
         except OSError:
-            continue
-        if int(fields[3]) == session and fields[0] != "Z":
-            found.append((stat.parent / "cmdline").read_text())
+            continue  # it has ended
     return found
 
 

@@ -241,10 +241,10 @@ async def test_a_slow_etcd_gets_more_time(
     cluster: EtcdCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each answer takes longer than the first patience, though the connection stands."""
-    monkeypatch.setattr(etcd_connection, "REQUEST_SECONDS", 0.5)
+    monkeypatch.setattr(etcd_connection, "REQUEST_SECONDS", 1.0)
 
     def all_but_the_first_words() -> Iterator[float]:
-        return itertools.chain([0.0], itertools.repeat(0.8))
+        return itertools.chain([0.0], itertools.repeat(1.5))
 
     async with slow(cluster.endpoints[0], all_but_the_first_words) as endpoint:
         etcd = Etcd([endpoint])

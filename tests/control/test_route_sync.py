@@ -161,6 +161,7 @@ async def test_a_compaction_while_away_is_mended_by_a_new_list(
     await asyncio.gather(running, return_exceptions=True)
 
 
+@pytest.mark.alone
 async def test_the_probe_keeps_the_view_young_and_shows_when_it_ages(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

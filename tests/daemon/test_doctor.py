@@ -136,6 +136,8 @@ def test_nothing_is_found_on_a_node_whose_peers_answer_over_the_overlay(
     made.start_daemon(patient)
     program_kernel_node(made, made.hosts[2])
     wait_until(lambda: str(KERNEL_SUBNET) in patient.ip("route"), "the kernel node is known")
+    own = str(IPv4Network(patient.subnet_env()["FLANNEL_SUBNET"], strict=False))
+    wait_until(lambda: own in made.hosts[1].ip("route"), "the other node knows the patient")
     _, found = _doctor(patient)
     assert "vteps" in found
     assert not _amiss(found)

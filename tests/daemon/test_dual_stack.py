@@ -89,15 +89,20 @@ def made() -> Iterator[Lab]:
         for host in made.hosts:
             made.add_container(host)
         for host in made.hosts[:2]:
-            wait_until(
-                partial(_has_route, host, _route_v6(KERNEL_V6[0])), "the kernel node's route"
-            )
+            for other in made.hosts:
+                if other is not host:
+                    line = _route_v6(_subnet_v6(other))
+                    wait_until(partial(_has_route, host, line), f"a route to {other.name}")
         yield made
 
 
 def _route_v6(subnet: IPv6Network) -> str:
     """Return the line that `ip -6 route` shows for a peer of flannel's."""
     return f"{subnet} via {subnet[0]} dev flannel-v6.1 metric 1024 onlink"
+
+
+def _subnet_v6(host: Host) -> IPv6Network:
+    return IPv6Network(host.subnet_env()["FLANNEL_IPV6_SUBNET"], strict=False)
 
 
 def _has_route(host: Host, line: str) -> bool:
@@ -205,6 +210,10 @@ def test_trace(made: Lab) -> None:
     bad = f"{PREFIX}/subnets/10.244.250.0-24&2001:db8:42:fa::-64"
     made.etcdctl("put", bad, '{"PublicIP":"192.168.77.8","PublicIPv6":"::1","BackendType":"vxlan"}')
     host.ip("route", "add", "2001:db8:42:fa::/64", "dev", "flannel-v6.1")
+    wait_until(
+        lambda: "is not used" in host.ask("trace", address="2001:db8:42:fa::1")["why"],
+        "the bad lease is known",
+    )
     for address, why in (
         (container_address(host, 6), "in this host's own subnet 2001:db8:42:"),
         (host.address_v6, "it is an address of this host"),
@@ -262,6 +271,8 @@ def test_doctor_finds_what_is_amiss_with_ipv6(made: Lab) -> None:
     twin = f"{PREFIX}/subnets/10.244.250.0-24&2001:db8:42:fa::-64"
     value = next(x for x in made.leases().values() if x["PublicIP"] == str(kernel.address))
     made.etcdctl("put", twin, json.dumps(value | {"PublicIP": str(SWITCH_ADDRESS)}))
+    wait_until(partial(_has_route, host, "2001:db8:42:fa::/64"), "the IPv6 route to the twin")
+    wait_until(lambda: "10.244.250.0/24" in host.ip("route"), "the IPv4 route to the twin")
     closed = ("INPUT", "-p", "udp", "--dport", "8472", "-j", "DROP")
     settings = (
         ("net.ipv6.conf.all.forwarding", 0, 1),

@@ -46,12 +46,12 @@ def host(made: Lab) -> Iterator[Host]:
         host.stop(index)
     host.processes.clear()
     for tool in ("iptables", "iptables-legacy"):
-        host.exec(tool, "-P", "FORWARD", "ACCEPT")
+        host.exec(tool, "-w", "-P", "FORWARD", "ACCEPT")
         for table, hook in (("nat", "POSTROUTING"), ("filter", "FORWARD")):
-            host.exec(tool, "-t", table, "-F", hook)
+            host.exec(tool, "-w", "-t", table, "-F", hook)
             for name in ("FLANNEL-POSTRTG", "FLANNEL-FWD"):
-                host.exec(tool, "-t", table, "-F", name, check=False)
-                host.exec(tool, "-t", table, "-X", name, check=False)
+                host.exec(tool, "-w", "-t", table, "-F", name, check=False)
+                host.exec(tool, "-w", "-t", table, "-X", name, check=False)
     host.exec("nft", "flush", "ruleset")
     host.ip("link", "del", "flannel.1", check=False)
     host.subnet_file.unlink(missing_ok=True)
@@ -119,13 +119,14 @@ def _damages(kind: str) -> list[tuple[str, ...]]:
             ("nft", "delete", "table", "ip6", "flannel-ipv6"),
             ("nft", "insert", "rule", "ip", "flannel-ipv4", "forward", "drop"),
         ]
-    tool = "iptables-legacy" if kind == "legacy" else "iptables-nft"
+    # The old kind's lock, which the daemon may hold a moment longer than it writes, is one of all.
+    tool = ("iptables-legacy" if kind == "legacy" else "iptables-nft", "-w")
     return [
-        (tool, "-t", "nat", "-F"),
-        (tool, "-F"),
-        (tool, "-t", "nat", "-D", "FLANNEL-POSTRTG", "2"),
-        (tool, "-D", "FORWARD", "1"),
-        (tool, "-t", "nat", "-D", "POSTROUTING", "1"),
+        (*tool, "-t", "nat", "-F"),
+        (*tool, "-F"),
+        (*tool, "-t", "nat", "-D", "FLANNEL-POSTRTG", "2"),
+        (*tool, "-D", "FORWARD", "1"),
+        (*tool, "-t", "nat", "-D", "POSTROUTING", "1"),
     ]
 
 

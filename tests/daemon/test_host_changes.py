@@ -156,7 +156,7 @@ def test_mtu_of_the_interface_is_carried_on(nodes: Lab) -> None:
                 and host.subnet_env()["FLANNEL_MTU"] == str(inner)  # noqa: B023 called at once
             ),
         )
-    assert _reaches(nodes)
+    wait_until(lambda: _reaches(nodes), "a ping", LIMIT_SECONDS)
 
 
 def test_smaller_mtu_on_the_way_to_a_peer_becomes_that_of_its_route(nodes: Lab) -> None:
@@ -207,11 +207,13 @@ def test_new_address_is_advertised_and_sent_from(nodes: Lab) -> None:
 
 def test_new_address_is_advertised_as_soon_as_etcd_answers(nodes: Lab) -> None:
     host, etcd = nodes.hosts[0], nodes.switch.processes[nodes.etcd or 0]
+    noticed = "sending from 192.168.77.111"
+    before = host.log.read_text().count(noticed)
     freeze(etcd)
     try:
         host.ip("addr", "del", "192.168.77.11/24", "dev", "eth0")
         host.ip("addr", "add", "192.168.77.111/24", "dev", "eth0")
-        wait_until(lambda: "sending from 192.168.77.111" in host.log.read_text(), "noticed", 1)
+        host.wait_for_log(noticed, times=before + 1)
     finally:
         etcd.send_signal(signal.SIGCONT)
     # What waits for an answer of etcd gives up after 3 s, and asks again after up to 2 s.

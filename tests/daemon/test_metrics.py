@@ -144,6 +144,7 @@ def test_own_lease() -> None:
     assert "pyflannel_lease_expiry_timestamp_seconds" not in names
 
 
+@pytest.mark.alone
 def test_10000_peers_take_the_loop_a_moment(context: Context) -> None:
     for number in range(10_000):
         context.replace(_route(number))

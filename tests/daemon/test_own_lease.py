@@ -43,6 +43,7 @@ def key_of(subnet: IPv4Network) -> str:
     return f"{PREFIX}/subnets/{subnet[0]}-{subnet.prefixlen}"
 
 
+@pytest.mark.alone
 def test_a_deleted_lease_comes_back_and_so_does_the_peers_route(made: Lab) -> None:
     host, peer = made.hosts
     subnet, before = subnet_of(host), made.leases()

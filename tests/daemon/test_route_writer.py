@@ -139,7 +139,7 @@ async def test_what_comes_while_the_kernel_is_busy_goes_at_once_afterwards() -> 
 
 
 async def test_what_comes_soon_after_a_batch_goes_in_one() -> None:
-    node = Node(pause_seconds=0.05)
+    node = Node(pause_seconds=0.5)
     with node.running():
         for subnet in SUBNETS:
             node.change(subnet, HOSTS[0])

@@ -144,9 +144,10 @@ def test_status_for_people(made: Lab) -> None:
 
 
 def test_leases_from_the_daemon_and_straight_from_etcd(made: Lab) -> None:
-    made.etcdctl("put", f"{PREFIX}/subnets/10.244.250.0-24", '{"PublicIP":')
-    made.etcdctl("put", f"{PREFIX}/subnets/10.244.251.0-24", '{"PublicIP":"127.0.0.1"}')
     key = f"{PREFIX}/subnets/10.244.250.0-24"
+    made.etcdctl("put", f"{PREFIX}/subnets/10.244.251.0-24", '{"PublicIP":"127.0.0.1"}')
+    # Comes after, so what came before is known with it.
+    made.etcdctl("put", key, '{"PublicIP":')
     wait_until(lambda: key in _ask(made.hosts[0], "leases")["unused"], "the bad lease is told")
     known = _ask(made.hosts[0], "leases")
     assert {x["subnet"] for x in known["leases"]} >= {_subnet(x) for x in made.hosts[:2]}

@@ -297,7 +297,7 @@ def test_legacy_iptables_needs_the_drop_in(nodes: tuple[Lab, Booted]) -> None:
             for tool in ("iptables-legacy", "ip6tables-legacy"):
                 assert "MASQUERADE --random-fully" in host.exec(f"{tool}-save", "-t", "nat")
                 assert "-j FLANNEL-FWD" in host.exec(f"{tool}-save", "-t", "filter")
-                host.exec(tool, "-t", "nat", "-F")
+                host.exec(tool, "-w", "-t", "nat", "-F")
                 saved = (f"{tool}-save", "-t", "nat")
                 wait_until(lambda: "MASQUERADE" in host.exec(*saved), "rules are back", 2)  # noqa: B023 called at once
             assert _main(node) != 0

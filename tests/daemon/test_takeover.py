@@ -105,7 +105,8 @@ class _FakeSuccessor:
         self._connection.settimeout(10)
         self._connection.connect(str(host.folder / "pyflannel-1.sock"))
         self.ask(b'{"request":"takeover"}\n')
-        _, self._fds, _, _ = socket.recv_fds(self._connection, 65536, 253)
+        line, self._fds, _, _ = socket.recv_fds(self._connection, 65536, 253)
+        self.said = line.decode()
 
     def ask(self, line: bytes) -> None:
         self._connection.sendall(line)
@@ -119,17 +120,33 @@ class _FakeSuccessor:
             socket.close(fd)
 
 
+def _next_successor(host: Host) -> _FakeSuccessor:
+    """Be served as a successor, as soon as the death of the one before has been noticed."""
+    served: list[_FakeSuccessor] = []
+
+    def is_served() -> bool:
+        successor = _FakeSuccessor(host)
+        if "another successor" in successor.said:
+            successor.die()
+            return False
+        served.append(successor)
+        return True
+
+    wait_until(is_served, "the old one goes on")
+    return served[0]
+
+
 @pytest.mark.parametrize("says_ready", [False, True])
 def test_successor_that_dies_leaves_the_old_process_at_work(nodes: Lab, says_ready: bool) -> None:
     host = nodes.hosts[0]
     with flows(nodes, PACKETS_PER_SECOND) as counts:
         for _ in range(5):
-            successor = _FakeSuccessor(host)
+            successor = _next_successor(host)
             if says_ready:
                 successor.ask(b"ready\n")
                 assert successor.answer() == b"stopped\n"
             successor.die()
-            wait_until(lambda: "another successor" not in _asked_again(host), "the old one goes on")
+        _next_successor(host).die()
     assert [(x.lost, x.duplicate, x.reordered) for x in counts] == [(0, 0, 0)] * 2, counts
     _take_over(nodes, host)
 
@@ -153,18 +170,6 @@ def test_more_descriptors_than_one_message_carries_are_told() -> None:
     node.readiness.clear("starting")
     with socket.socket() as connection, pytest.raises(Refusal, match="254 descriptors are open"):
         asyncio.run(Handover(node).takeover({}, connection))
-
-
-def _asked_again(host: Host) -> str:
-    """What a second successor is told."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-        connection.settimeout(10)
-        connection.connect(str(host.folder / "pyflannel-1.sock"))
-        connection.sendall(b'{"request":"takeover"}\n')
-        line, fds, _, _ = socket.recv_fds(connection, 65536, 253)
-        for fd in fds:
-            socket.close(fd)
-        return line.decode()
 
 
 @contextmanager
@@ -223,15 +228,21 @@ def test_gap_of_a_restart_without_kept_descriptors(nodes: Lab, number: int) -> N
     with flows(nodes, FEW_PER_SECOND) as counts:
         index = next(i for i, x in enumerate(host.processes) if x.poll() is None)
         host.stop(index, number)
-        # Linux calls the routes of a TUN that nobody serves linkdown, and keeps them.
-        assert "NO-CARRIER" in host.ip("link", "show", "flannel.1")
-        routes = host.ip("route", "show", "dev", "flannel.1").splitlines()
-        assert routes and all("linkdown" in line for line in routes)
+        # Linux calls the routes of a TUN that nobody serves linkdown, now or soon, and keeps them.
+        wait_until(lambda: _is_told_as_down(host), "the device and its routes are told as down")
         nodes.start_daemon(host, *_flags(host))
     assert _state(nodes, host) == before
     for count in counts:
         print(f"gap {count.lost / FEW_PER_SECOND:.2f} s")
         assert 0 < count.lost < 5 * FEW_PER_SECOND
+
+
+def _is_told_as_down(host: Host) -> bool:
+    routes = host.ip("route", "show", "dev", "flannel.1").splitlines()
+    assert routes
+    return "NO-CARRIER" in host.ip("link", "show", "flannel.1") and all(
+        "linkdown" in line for line in routes
+    )
 
 
 def _reload(host: Host) -> str:
@@ -244,9 +255,11 @@ def test_reload_starts_a_successor_and_tells_the_supervisor(nodes: Lab) -> None:
     host = nodes.hosts[0]
     with _supervised(nodes, host) as supervisor:
         old = host.processes[-1]
+        ready = supervisor.collect().count("READY=1")
         with flows(nodes, PACKETS_PER_SECOND) as counts:
             said = _reload(host)
         assert old.wait(10) == 0
+        wait_until(lambda: supervisor.collect().count("READY=1") > ready, "the new one is ready")
         found = re.fullmatch(rf"process (\d+) has taken over from {old.pid}\n", said)
         assert found, said
         new = int(found.group(1))
@@ -255,7 +268,9 @@ def test_reload_starts_a_successor_and_tells_the_supervisor(nodes: Lab) -> None:
         assert "STOPPING=1" not in states
         assert [(x.lost, x.duplicate, x.reordered) for x in counts] == [(0, 0, 0)] * 2, counts
         # It goes on: nobody else holds the address, the lock and the socket.
-        assert "another" not in _asked_again(host)
+        successor = _FakeSuccessor(host)
+        successor.die()
+        assert "another" not in successor.said
         os.kill(new, signal.SIGTERM)
         wait_until(lambda: not Path(f"/proc/{new}").exists(), "the successor has ended")
 

@@ -211,17 +211,25 @@ class EtcdCluster:
             member.kill()
 
 
+_reservations: list[socket.socket] = []
+"""Names that keep a port for this process, as tests run in several at once."""
+
+
 def free_port() -> int:
-    """Return a TCP port on loopback that nobody listens on.
+    """Return a TCP port on loopback that nobody listens on, and that no other call has returned.
 
     It lies below those that the kernel gives to clients: one of them could take it while a member
     is down.
     """
     while True:
         port = random.randrange(10_000, 32_768)
+        reservation = socket.socket(socket.AF_UNIX)
         with socket.socket() as probe, suppress(OSError):
+            reservation.bind(f"\0pfu-port-{port}")
             probe.bind(("127.0.0.1", port))
+            _reservations.append(reservation)
             return port
+        reservation.close()
 
 
 @contextmanager
