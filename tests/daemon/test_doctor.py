@@ -50,6 +50,7 @@ def made() -> Iterator[Lab]:
         "ethtool",
         "etcd",
         "etcdctl",
+        "iptables-legacy",
         "iptables-nft",
         "nft",
         "unshare",
@@ -76,6 +77,7 @@ def patient(made: Lab) -> Iterator[Host]:
     host.processes.clear()
     host.ip("link", "del", "flannel.1", check=False)
     host.exec("nft", "flush", "ruleset")
+    host.exec("iptables-legacy", "-F")
 
 
 def _doctor(
@@ -84,8 +86,12 @@ def _doctor(
     wrapper: tuple[str, ...] = (),
     endpoints: str = ETCD,
     iface: str = "eth0",
+    left_out: str = "bridge",
 ) -> tuple[int, dict[str, list[dict[str, Any]]]]:
-    """Return exit code and the findings of each check that was made."""
+    """Return exit code and the findings of each check that was made, but for one.
+
+    The machine that tests run on may have no br_netfilter, which most of them are not about.
+    """
     done = subprocess.run(
         [
             *("ip", "netns", "exec", host.name, *wrapper, sys.executable, "-m", "pyflannel"),
@@ -101,8 +107,7 @@ def _doctor(
     report = json.loads(done.stdout)
     found: dict[str, list[dict[str, Any]]] = {check: [] for check in report["checks"]}
     for finding in report["findings"]:
-        # The machine that tests run on may have no br_netfilter, which this is not about.
-        if finding["check"] != "bridge":
+        if finding["check"] != left_out:
             found[finding["check"]].append(finding)
     return done.returncode, found
 
@@ -212,6 +217,7 @@ def test_leftover_kernel_device(patient: Host) -> None:
     ("rules", "said"),
     [
         (["iptables-nft -A INPUT -p udp --dport 8472 -j REJECT"], "iptables-nft closes UDP port"),
+        (["iptables-legacy -A INPUT -p udp --dport 8472 -j DROP"], "iptables-legacy closes"),
         (["nft add table inet t",
           "nft add chain inet t in { type filter hook input priority 0 ; policy drop ; }"],
          "nft: what comes in is dropped by default"),
@@ -253,6 +259,41 @@ def test_kernel_settings(patient: Host, key: str, value: int, check: str) -> Non
     assert code == 1
     assert list(_amiss(found)) == [check]
     assert "sysctl -w" in found[check][0]["remedy"]
+
+
+def test_missing_br_netfilter(patient: Host) -> None:
+    hide = '[ ! -e "$0" ] || mount -t tmpfs none "$0" && exec "$@"'
+    wrapper = ("unshare", "-m", "sh", "-c", hide, str(BRIDGE.parent))
+    code, found = _doctor(patient, wrapper=wrapper, left_out="")
+    assert code == 1
+    assert list(_amiss(found)) == ["bridge"]
+    assert "bypass iptables" in found["bridge"][0]["sentence"]
+    assert found["bridge"][0]["remedy"] == "load it: modprobe br_netfilter"
+
+
+def test_etcd_wants_a_user(made: Lab, patient: Host) -> None:
+    made.etcdctl("user", "add", "root:secret")
+    made.etcdctl("user", "grant-role", "root", "root")
+    made.etcdctl("auth", "enable")
+    try:
+        for password, said in (
+            ((), "give --etcd-username"),
+            (("guess",), "wrong --etcd-username or --etcd-password"),
+            (("secret",), None),
+        ):
+            user = [
+                x for word in password for x in ("--etcd-username=root", f"--etcd-password={word}")
+            ]
+            code, found = _doctor(patient, *user)
+            if said is None:
+                assert not _amiss(found)
+                continue
+            assert code == 2
+            assert list(_amiss(found)) == ["etcd"]
+            assert said in f"{found['etcd'][0]['sentence']}; {found['etcd'][0]['remedy']}"
+    finally:
+        made.etcdctl("--user", "root:secret", "auth", "disable")
+        made.etcdctl("user", "delete", "root")
 
 
 def test_no_etcd(patient: Host) -> None:

@@ -60,6 +60,10 @@ def _refused(
         ('{"Network":"10.244.0.0/16"}', "Backend is missing"),
         ('{"Network":"10.244.0.0/16","Backend":{"Type":"udp"}}', 'Backend.Type "udp"'),
         (
+            '{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan","GBP":true}}',
+            "Backend.GBP true",
+        ),
+        (
             '{"Network":"10.244.0.0/16","EnableIPv4":false,"EnableIPv6":true,'
             '"IPv6Network":"2001:db8::/48","Backend":{"Type":"vxlan"}}',
             "etcd has no key for a lease without IPv4",
