@@ -217,8 +217,8 @@ def find_socket(folder: Path, vni: int | None) -> Path:
         found = []
     if not found:
         raise Refusal(
-            f"no pyflannel-udp runs here: there is no pyflannel-<VNI>.sock in {folder}; start it, "
-            "or name its folder with --control-dir"
+            f"no pyflannel-udp runs here, or it waits for etcd (its log says so): there is no "
+            f"pyflannel-<VNI>.sock in {folder}; start it, or name its folder with --control-dir"
         )
     if len(found) > 1:
         raise Refusal(f"several daemons run here: {', '.join(map(str, found))}; choose with --vni")

@@ -45,7 +45,7 @@ from pyflannel.dataplane.offload import Offload
 from pyflannel.dataplane.refusal import Refusal
 from pyflannel.dataplane.route import IPAddress, MacAddress
 from pyflannel.etcd_access import etcd_client
-from pyflannel.health import HealthServer
+from pyflannel.health import STARTING, HealthServer, Readiness
 from pyflannel.host_watch import HostWatch
 from pyflannel.node import Node
 from pyflannel.notify import notify, take_kept_descriptors
@@ -73,19 +73,24 @@ MACHINE_ID = Path("/etc/machine-id")
 T = TypeVar("T")
 
 
-async def _until_etcd_answers(what: str, attempt: Callable[[], Awaitable[T | None]]) -> T:
-    """Repeat a read until it gives something; say why not at once and then every minute."""
+async def _until_etcd_answers(
+    what: str, readiness: Readiness, attempt: Callable[[], Awaitable[T | None]]
+) -> T:
+    """Repeat a read until it gives something; log why not at once and then every minute."""
     failures = 0
     while True:
         why = "is not there yet"
         try:
             found = await attempt()
             if found is not None:
+                readiness.start()
                 return found
         except EtcdRejected as error:
             why = f"cannot be read: {error}"
-        except EtcdUnavailable:
-            continue  # the session tells, and makes the next attempt wait
+        except EtcdUnavailable as error:
+            readiness.start(f"etcd does not answer: {error}")
+            continue  # the session logs, and makes the next attempt wait
+        readiness.start(f"{what} {why}")
         if failures % REMIND_EVERY == 0:
             log.warning("%s %s; trying again every %.0f s", what, why, RETRY_SECONDS)
         failures += 1
@@ -224,7 +229,7 @@ class Daemon:
         await remove_idle_devices(netlink, config, inherited.devices)
         inherited.close()
         overlays.keep_queues()
-        self._readiness.clear("starting")
+        self._readiness.clear(STARTING)
         _spare_collector()
         log.info("Running backend.")
         notify("READY=1")
@@ -305,7 +310,7 @@ class Daemon:
             reading = await etcd.get(key)
             return reading.kv.value if reading.kv is not None else None
 
-        text = await _until_etcd_answers(f"etcd key {key}", read)
+        text = await _until_etcd_answers(f"etcd key {key}", self._readiness, read)
         config = parse_network_config_untrusted(text)
         _note_ignored(config)
         backend = config.backend
@@ -328,7 +333,9 @@ class Daemon:
         if stored is None and kernel_mac is None:
             prefix = self._options.etcd_prefix
             own = await _until_etcd_answers(
-                "the list of leases in etcd", lambda: read_leases_of(etcd, prefix, public_ip)
+                "the list of leases in etcd",
+                self._readiness,
+                lambda: read_leases_of(etcd, prefix, public_ip),
             )
             lease_mac = _lease_mac(own, overlay.version)
         mac, origin = pick_vtep_mac(stored, kernel_mac, lease_mac, os.urandom)

@@ -17,6 +17,8 @@ log = logging.getLogger(__name__)
 REQUEST_BYTES = 8192
 REQUEST_SECONDS = 5.0
 
+STARTING, STARTS = "starting", "the node is starting"
+
 HUNG = "hung"
 """The one reason that a restart mends, so /healthz fails by it too."""
 
@@ -25,7 +27,7 @@ class Readiness:
     """The reasons why the node is not ready; none means ready. Starts with `starting`."""
 
     def __init__(self) -> None:
-        self._reasons: dict[str, str] = {"starting": "the node is starting"}
+        self._reasons: dict[str, str] = {STARTING: STARTS}
 
     @property
     def reasons(self) -> Mapping[str, str]:
@@ -36,6 +38,12 @@ class Readiness:
     def is_ready(self) -> bool:
         """Whether a packet to any node known to etcd would be forwarded now."""
         return not self._reasons
+
+    def start(self, sentence: str = STARTS) -> None:
+        """Say what the start waits for, which others log."""
+        if self._reasons.get(STARTING) != sentence:
+            self._reasons[STARTING] = sentence
+            self._tell_supervisor()
 
     def set(self, reason: str, sentence: str) -> None:
         """Become unready; each new sentence is logged and told the supervisor once."""

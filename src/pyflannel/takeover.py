@@ -36,6 +36,7 @@ from pyflannel.control.network_config import NetworkConfig
 from pyflannel.dataplane.inheritance import Inheritance
 from pyflannel.dataplane.offload import NO_OFFLOAD, Offload, parse_offload
 from pyflannel.dataplane.refusal import Refusal
+from pyflannel.health import STARTING
 from pyflannel.node import Node
 from pyflannel.notify import notify
 from pyflannel.patience import within
@@ -212,7 +213,7 @@ class Handover:
 
     async def _hand_over(self, connection: socket.socket) -> None:
         overlays, keeper = self._node.overlays, self._node.keeper
-        if keeper is None or "starting" in self._node.readiness.reasons:
+        if keeper is None or STARTING in self._node.readiness.reasons:
             raise Refusal("it is starting itself; try again when it is ready")
         kv, expires_at = keeper.to_hand_over()
         fds = [fd for overlay in overlays for fd in overlay.descriptors()] + self.listeners

@@ -17,7 +17,7 @@ from tests.lab.require import require_program, require_root
 @pytest.fixture(scope="module")
 def made() -> Iterator[Lab]:
     require_root()
-    for program in ("ip", "ethtool", "etcd", "etcdctl", "setpriv", "unshare", "ss"):
+    for program in ("ip", "ethtool", "etcd", "etcdctl", "setpriv", "unshare", "ss", "curl"):
         require_program(program)
     with lab(2) as made:
         yield made
@@ -176,13 +176,24 @@ def test_unknown_flag_is_a_usage_error(made: Lab, host: Host) -> None:
     assert "unknown flag --nope" in host.log.read_text()
 
 
+def _wait_for_page(host: Host, beginning: str) -> None:
+    page = ("curl", "-s", "http://127.0.0.1:8081/readyz")
+    wait_until(lambda: host.exec(*page, check=False).startswith(beginning), beginning)
+
+
 def test_no_configuration_yet_is_waited_for_and_sigterm_ends_it_with_0(
     made: Lab, host: Host
 ) -> None:
     made.etcdctl("del", f"{PREFIX}/config")
-    index = made.start_daemon(host, wait=False)
-    wait_until(lambda: "is not there yet" in host.log.read_text(), "the daemon says so")
+    index = made.start_daemon(host, "--healthz-port", "8081", wait=False)
+    _wait_for_page(host, f"starting: etcd key {PREFIX}/config is not there yet\n")
     assert host.stop(index) == 0
+
+
+def test_what_etcd_lets_it_wait_for_is_on_the_ready_page(made: Lab, host: Host) -> None:
+    away = "--etcd-endpoints=http://192.168.77.1:1"
+    made.start_daemon(host, "--healthz-port", "8081", away, wait=False)
+    _wait_for_page(host, "starting: etcd does not answer: http://192.168.77.1:1: ")
 
 
 def test_two_hosts_with_one_public_ip_are_reported_and_neither_fights(
