@@ -176,7 +176,31 @@ def _message(kind: int, flags: int, sequence: int, body: bytes) -> bytes:
 def _write(
     netlink: socket.socket, replace: Iterable[KernelRoute], delete: Iterable[IPNetwork]
 ) -> list[tuple[IPNetwork, int]]:
-    """Delete, then write, in batches; return (subnet, errno) of what the kernel refused."""
+    """Delete, then write; return (subnet, errno) of what the kernel refused.
+
+    In IPv6 it refuses a gateway that the route to be replaced leads to by another device
+    (ip6_route_check_nh_onlink), as a direct one does to the base of its subnet: that goes first.
+    """
+    routes = {route.subnet: route for route in replace}
+    failed = dict(_write_batches(netlink, routes.values(), delete))
+    hidden = [
+        subnet
+        for subnet, err in failed.items()
+        if err == errno.EINVAL
+        and subnet in routes
+        and routes[subnet].onlink
+        and subnet.version == 6
+    ]
+    if hidden:
+        for subnet in hidden:
+            del failed[subnet]
+        failed |= dict(_write_batches(netlink, [routes[x] for x in hidden], hidden))
+    return list(failed.items())
+
+
+def _write_batches(
+    netlink: socket.socket, replace: Iterable[KernelRoute], delete: Iterable[IPNetwork]
+) -> list[tuple[IPNetwork, int]]:
     work = [(subnet, _delete_message(subnet)) for subnet in delete]
     deletions = len(work)
     work += [(route.subnet, _replace_message(route)) for route in replace]

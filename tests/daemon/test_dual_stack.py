@@ -29,6 +29,7 @@ from tests.lab.hosts import (
     NETWORK,
     PREFIX,
     SWITCH_ADDRESS,
+    SWITCH_ADDRESS_V6,
     Host,
     Lab,
     Namespace,
@@ -444,7 +445,7 @@ def test_a_host_gets_ipv6_beside_the_ipv4_subnet_it_has(made: Lab) -> None:
     made.start_daemon(h1)
     assert h1.subnet_env()["FLANNEL_SUBNET"] == subnet
     assert len([x for x in made.leases().values() if x["PublicIP"] == str(h1.address)]) == 1
-    theirs = ip_network(h2.subnet_env()["FLANNEL_IPV6_SUBNET"], strict=False)
+    theirs = IPv6Network(h2.subnet_env()["FLANNEL_IPV6_SUBNET"], strict=False)
     assert f"{theirs} via {h2.address_v6} dev eth0 metric 1024" in h1.ip("-6", "route")
     for family, network in (("ip", "10.244.0.0/16"), ("ip6", str(NETWORK_V6))):
         table = f"flannel-ipv{4 if family == 'ip' else 6}"
@@ -455,6 +456,13 @@ def test_a_host_gets_ipv6_beside_the_ipv4_subnet_it_has(made: Lab) -> None:
     assert found["why"] == (
         f"sent straight to {h2.address_v6} by eth0, on the same link (DirectRouting)"
     )
+    detour = (f"{h2.address_v6}/128", "via", str(SWITCH_ADDRESS_V6), "dev", "eth0")
+    h1.ip("route", "add", *detour)
+    wait_until(partial(_has_route, h1, _route_v6(theirs)), "the peer is behind a gateway now", 5)
+    assert ping(h1, container_address(h2, 6))
+    h1.ip("route", "del", *detour)
+    straight = f"{theirs} via {h2.address_v6} dev eth0 metric 1024"
+    wait_until(partial(_has_route, h1, straight), "the peer is on our link again", 5)
 
 
 def test_a_network_without_ipv6_again_leaves_nothing_of_it_on_the_host() -> None:

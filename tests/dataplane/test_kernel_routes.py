@@ -11,7 +11,7 @@ import json
 import socket
 import time
 from collections.abc import Iterator, Sequence
-from ipaddress import IPv4Address, IPv4Network, ip_network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_network
 
 import pytest
 
@@ -131,6 +131,24 @@ def test_a_peer_on_our_link_is_reached_directly_and_one_behind_a_router_is_not(
     host.ip("route", "add", f"{UNDERLAY}/32", "via", "192.0.2.1")
     assert sync(host, [FIRST], direct) == (1, 0, [])
     assert routes(host) == [route(FIRST)]
+
+
+def test_an_ipv6_peer_moves_behind_a_router_and_back(host: Namespace) -> None:
+    subnet, underlay = IPv6Network("2001:db8:42:6::/64"), IPv6Address("2001:db8:77::12")
+    host.ip("addr", "add", "2001:db8:77::11/64", "dev", "eth0", "nodad")
+    direct = DirectRouting(IPv6Network("2001:db8:42::/56"), 64)
+    ours = PeerRoutes(DEVICE, direct, mtu=1430, overhead=70)
+    detour = (f"{underlay}/128", "via", "2001:db8:77::1")
+    straight = f"{subnet} via {underlay} dev eth0 metric 1024 pref medium"
+    encapsulated = (
+        f"{subnet} via {subnet.network_address} dev {DEVICE} metric 1024 onlink pref medium"
+    )
+    for change, way in ((None, straight), ("add", encapsulated), ("del", straight)):
+        if change is not None:
+            host.ip("route", change, *detour)
+        assert inside(host, lambda: ours.apply({subnet: underlay}, [])) == []
+        found = [x.strip() for x in host.ip("-6", "route").splitlines() if str(subnet) in x]
+        assert found == [way]
 
 
 @pytest.mark.alone
