@@ -37,11 +37,12 @@ class Reading:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """All keys of a prefix at one revision."""
+    """All keys of a prefix at one revision; `asked_at` by the monotonic clock."""
 
     kvs: tuple[KeyValue, ...]
     revision: int
     cluster_id: int
+    asked_at: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +138,7 @@ class Etcd:
 
     async def snapshot(self, prefix: str) -> Snapshot:
         """Read all keys of a prefix, in pages of one revision."""
+        asked_at = time.monotonic()
         start, end = prefix.encode(), prefix_end(prefix.encode())
         kvs: list[KeyValue] = []
         revision = cluster_id = 0
@@ -152,7 +154,7 @@ class Etcd:
             cluster_id = answer.header.cluster_id
             kvs += [_key_value(kv) for kv in answer.kvs]
             if not answer.more:
-                return Snapshot(tuple(kvs), revision, cluster_id)
+                return Snapshot(tuple(kvs), revision, cluster_id, asked_at)
             start = kvs[-1].key + b"\0"
 
     async def grant(self, ttl: int) -> int:

@@ -1,12 +1,13 @@
-"""All leases that etcd has at one moment, for those who only look."""
+"""All leases that etcd has at one moment, read and judged one by one."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+import time
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
-from pyflannel.control.etcd import Etcd
+from pyflannel.control.etcd import Etcd, Snapshot
 from pyflannel.control.lease import (
     BadLease,
     Lease,
@@ -25,9 +26,34 @@ class LeaseList:
     bad: Mapping[str, str]
 
 
-async def read_leases_of(etcd: Etcd, prefix: str, public_ip: IPAddress) -> tuple[Lease, ...]:
+SnapshotReader = Callable[[], Awaitable[Snapshot]]
+"""Reads all leases of a network; EtcdUnavailable."""
+
+RECENT_SECONDS = 1.0
+
+
+def snapshot_reader(etcd: Etcd, prefix: str) -> SnapshotReader:
+    """Return what asks etcd each time."""
+    # Keys are `<prefix>/subnets/…`; the slash keeps out others that begin alike.
+    return lambda: etcd.snapshot(subnets_prefix(prefix) + "/")
+
+
+def recent_snapshot_reader(etcd: Etcd, prefix: str) -> SnapshotReader:
+    """Return what gives the last answer again for a second, for steps that follow each other."""
+    ask, last = snapshot_reader(etcd, prefix), None
+
+    async def read() -> Snapshot:
+        nonlocal last
+        if last is None or time.monotonic() - last.asked_at > RECENT_SECONDS:
+            last = await ask()
+        return last
+
+    return read
+
+
+async def read_leases_of(read: SnapshotReader, public_ip: IPAddress) -> tuple[Lease, ...]:
     """List the leases of one host; EtcdUnavailable."""
-    snapshot = await etcd.snapshot(subnets_prefix(prefix) + "/")
+    snapshot = await read()
     leases: list[Lease] = []
     for kv in snapshot.kvs:
         if may_be_of(kv, public_ip):
@@ -38,7 +64,7 @@ async def read_leases_of(etcd: Etcd, prefix: str, public_ip: IPAddress) -> tuple
 
 async def read_leases(etcd: Etcd, prefix: str) -> LeaseList:
     """List the leases of a network; EtcdUnavailable."""
-    snapshot = await etcd.snapshot(subnets_prefix(prefix) + "/")
+    snapshot = await snapshot_reader(etcd, prefix)()
     leases: list[Lease] = []
     bad: dict[str, str] = {}
     for kv in snapshot.kvs:

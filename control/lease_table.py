@@ -9,7 +9,7 @@ nothing. Source: spec section 6, decisions 10-17.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 
 from pyflannel.control.family_routes import FamilyRoutes, Place, text_of
 from pyflannel.control.lease import (
@@ -24,6 +24,7 @@ from pyflannel.dataplane.route import IPAddress, IPNetwork, Route, RouteChange
 
 log = logging.getLogger(__name__)
 
+PART_LEASES = 500
 UNCONFIRMED_SECONDS = 86400.0
 """How long a peer stays in use that a wiped or rolled-back store does not name."""
 
@@ -66,6 +67,8 @@ class LeaseTable:
         if not self._store(kv):
             return ()
         lease = self._leases[kv.key]
+        if self._is_own(lease) and not known:
+            return ()
         if self._is_own(lease) or _is_foreign(lease) or self._is_disputed(kv.key, lease):
             return self._settle()
         if not all(x.accept(kv.key, lease, known=known) for x in self._families):
@@ -84,8 +87,33 @@ class LeaseTable:
             return self._settle()
         return tuple(change for x in self._families for change in x.remove(lease))
 
+    def load(self, kvs: Iterable[KeyValue]) -> Iterator[tuple[RouteChange, ...]]:
+        """Take the first snapshot into an empty table, in parts, so that routes are soon there.
+
+        The oldest leases come first, as they win where leases conflict: no later part takes back
+        what an earlier one brought.
+        """
+        oldest_first = sorted(kvs, key=lambda kv: (kv.create_revision, kv.key))
+        for start in range(0, len(oldest_first), PART_LEASES):
+            changes: list[RouteChange] = []
+            for kv in oldest_first[start : start + PART_LEASES]:
+                if self._store(kv):
+                    changes += self._load(kv.key, self._leases[kv.key])
+            yield tuple(changes)
+        yield self._settle()
+
+    def _load(self, key: bytes, lease: Lease) -> Iterator[RouteChange]:
+        """Take one lease, younger than all before; what conflicts waits for `_settle`."""
+        if self._is_own(lease) or _is_foreign(lease):
+            return
+        # Each family is asked, as a lease that is refused by one may hold a subnet in the other.
+        accepted = [x.accept(key, lease, known=False) for x in self._families]
+        if all(accepted):
+            for family in self._families:
+                yield from family.update(key, lease)
+
     def reset(
-        self, kvs: Iterable[KeyValue], *, same_history: bool = True, now: float = 0.0
+        self, kvs: Iterable[KeyValue], same_history: bool = True, now: float = 0.0
     ) -> tuple[RouteChange, ...]:
         """Take in a snapshot; `now` in seconds of the clock that `expire` is given.
 

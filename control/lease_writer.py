@@ -32,8 +32,8 @@ from pyflannel.control.lease import (
     parse_lease_attributes_untrusted,
     parse_lease_untrusted,
     parse_subnet_key_untrusted,
-    subnets_prefix,
 )
+from pyflannel.control.lease_list import SnapshotReader, snapshot_reader
 from pyflannel.control.network_config import NetworkConfig
 from pyflannel.control.subnet_pool import choose_subnet
 from pyflannel.dataplane.route import IPAddress, MacAddress, Vni
@@ -95,6 +95,7 @@ class LeaseWriter:
         rng: random.Random,
     ) -> None:
         self._etcd = etcd
+        self._read = snapshot_reader(etcd, prefix)
         self._prefix = prefix
         self._config = config
         self._previous = identity.previous
@@ -108,18 +109,20 @@ class LeaseWriter:
         self._identity = identity
         self.value = identity.attributes(self._config.backend.vni).to_json()
 
-    async def acquire(self) -> Lease:
+    async def acquire(self, read: SnapshotReader | None = None) -> Lease:
         """Get a lease: our old one, the previous subnet, or a free one.
 
-        Waits for etcd as long as it takes, and tries again when another host was faster: then
-        there is one subnet less, so this ends. SubnetsExhausted when there is none.
+        `read` gives the leases for the first attempt, which may be a moment old. Waits for etcd as
+        long as it takes, and tries again when another host was faster: then there is one subnet
+        less, so this ends. SubnetsExhausted when there is none.
         """
         told = 0.0
+        read = read or self._read
         while True:
             try:
-                lease = await self._attempt(
-                    await self._etcd.snapshot(subnets_prefix(self._prefix) + "/")
-                )
+                snapshot = await read()
+                read = self._read
+                lease = await self._attempt(snapshot)
                 if lease is not None:
                     return lease
                 await asyncio.sleep(RACE_SECONDS * self._rng.random())

@@ -12,7 +12,7 @@ import contextlib
 import logging
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,6 +20,7 @@ from pyflannel.control.etcd import Compacted, Etcd, Put
 from pyflannel.control.etcd_fault import EtcdRejected, EtcdUnavailable
 from pyflannel.control.history import History
 from pyflannel.control.lease import config_key, subnets_prefix
+from pyflannel.control.lease_list import SnapshotReader, snapshot_reader
 from pyflannel.control.lease_table import LeaseTable
 from pyflannel.dataplane.route import RouteChange
 
@@ -60,8 +61,8 @@ class RouteSync:
 
     def __init__(self, etcd: Etcd, prefix: str, table: LeaseTable, sink: RouteSink) -> None:
         self._etcd = etcd
-        # Keys are `<prefix>/subnets/…`; the slash keeps out others that begin alike.
         self._prefix = subnets_prefix(prefix) + "/"
+        self._read = snapshot_reader(etcd, prefix)
         self._probed_key = config_key(prefix)
         self._table = table
         self._sink = sink
@@ -86,11 +87,14 @@ class RouteSync:
             unconfirmed=len(self._table.unconfirmed()),
         )
 
-    async def first_snapshot(self) -> None:
-        """Program every lease that etcd knows now; waits for etcd as long as it takes."""
+    async def first_snapshot(self, read: SnapshotReader | None = None) -> None:
+        """Program every lease that etcd knows now; waits for etcd as long as it takes.
+
+        `read` gives the leases, which may be a moment old.
+        """
         while True:
             try:
-                return await self._take_snapshot()
+                return await self._take_snapshot(read or self._read)
             except EtcdUnavailable as error:
                 await self._back_off(error)
 
@@ -154,13 +158,16 @@ class RouteSync:
             if changes:
                 await self._sink.apply(changes)
 
-    async def _take_snapshot(self) -> None:
-        asked_at = time.monotonic()
-        snapshot = await self._etcd.snapshot(self._prefix)
+    async def _take_snapshot(self, read: SnapshotReader) -> None:
+        snapshot = await read()
         why = self._history.reset(snapshot.cluster_id, snapshot.revision, snapshot.kvs)
-        changes = self._table.reset(snapshot.kvs, same_history=not why, now=asked_at)
+        parts: Iterable[Sequence[RouteChange]]
+        if self._snapshots:
+            parts = [self._table.reset(snapshot.kvs, not why, snapshot.asked_at)]
+        else:
+            parts = self._table.load(snapshot.kvs)
         self._snapshots += 1
-        self._confirmed_at = asked_at
+        self._confirmed_at = snapshot.asked_at
         if why:
             log.error(
                 "etcd was wiped or rolled back, %s: %d peers that it does not name stay in use "
@@ -168,8 +175,10 @@ class RouteSync:
                 why,
                 len(self._table.unconfirmed()),
             )
-        if changes:
-            await self._sink.apply(changes)
+        for changes in parts:
+            if changes:
+                await self._sink.apply(changes)
+            await asyncio.sleep(0)  # so that what the sink began goes on meanwhile
 
     async def _back_off(self, error: EtcdUnavailable) -> None:
         """Wait longer from time to time; an etcd that is away is waited for in the client."""

@@ -19,12 +19,23 @@ from ipaddress import ip_address, ip_network
 
 from pyflannel.dataplane.route import IPAddress, IPNetwork
 
-BATCH = 100
+LOOKUPS = 100
+"""In one batch: the kernel has an answer of its own for each."""
+WRITES = 1000
+"""In one batch, of which the kernel answers the last and what it refuses."""
+RECEIVE_BUFFER = 8 << 20
 _PORT_BASE = 1 << 30
 READ_BYTES = 1 << 18
 
+_SO_RCVBUFFORCE = 33  # asm-generic/socket.h
 # linux/netlink.h, linux/rtnetlink.h
 _HEADER, _RTMSG, _ATTRIBUTE = struct.Struct("=IHHII"), struct.Struct("=BBBBBBBBI"), "=HH"
+_ATTRIBUTE_HEADER = struct.calcsize(_ATTRIBUTE)
+# A struct rtmsg, destination, gateway and device.
+_GATEWAY_ROUTE = {
+    version: struct.Struct(f"=BBBBBBBBI HH{octets}s HH{octets}s HHI")
+    for version, octets in ((4, 4), (6, 16))
+}
 _NLMSG_ERROR, _NLMSG_DONE = 2, 3
 _RTM_NEWROUTE, _RTM_DELROUTE, _RTM_GETROUTE = 24, 25, 26
 _NLM_F_REQUEST, _NLM_F_ACK, _NLM_F_REPLACE, _NLM_F_CREATE = 0x1, 0x4, 0x100, 0x400
@@ -122,6 +133,26 @@ class PeerRoutes:
             failed = _write(netlink, missing, stale)
         return len(missing), len(stale), failed
 
+    def may_write_ahead(self) -> bool:
+        """Whether the device has no route to a peer yet, and peers are reached through it."""
+        if self._direct is not None:
+            return False
+        index = device_index(self._device)
+        with _open(self.port) as netlink:
+            return all(route.index != index for route in _dump(netlink))
+
+    def write_ahead(
+        self, replace: Mapping[IPNetwork, IPAddress], delete: Sequence[IPNetwork]
+    ) -> list[tuple[IPNetwork, int]]:
+        """Do what `apply` does without asking for the way to each peer; `sync` is to follow.
+
+        It hardly needs the interpreter, so that other threads go on meanwhile.
+        """
+        index = device_index(self._device)
+        with _open(self.port) as netlink:
+            routes = [self._route(*peer, _UNKNOWN, index) for peer in replace.items()]
+            return _write(netlink, routes, delete)
+
     def _was_direct(self, route: KernelRoute) -> bool:
         """Whether we must have made it in an earlier run: nobody else routes these subnets."""
         direct = self._direct
@@ -162,11 +193,12 @@ def device_index(name: str) -> int:
 def _open(port: int) -> socket.socket:
     netlink = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
     netlink.bind((port, 0))
+    netlink.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, RECEIVE_BUFFER)
     return netlink
 
 
 def _attribute(kind: int, value: bytes) -> bytes:
-    return struct.pack(_ATTRIBUTE, 4 + len(value), kind) + value
+    return struct.pack(_ATTRIBUTE, _ATTRIBUTE_HEADER + len(value), kind) + value
 
 
 def _message(kind: int, flags: int, sequence: int, body: bytes) -> bytes:
@@ -205,15 +237,17 @@ def _write_batches(
     deletions = len(work)
     work += [(route.subnet, _replace_message(route)) for route in replace]
     failed = []
-    for start in range(0, len(work), BATCH):
-        batch = work[start : start + BATCH]
+    for start in range(0, len(work), WRITES):
+        batch = work[start : start + WRITES]
+        last = start + len(batch) - 1
+        # Refusals are told without being asked for.
         netlink.send(
             b"".join(
-                _message(kind, _NLM_F_ACK | flags, start + number, body)
-                for number, (_, (kind, flags, body)) in enumerate(batch)
+                _message(kind, flags | (_NLM_F_ACK if sequence == last else 0), sequence, body)
+                for sequence, (_, (kind, flags, body)) in enumerate(batch, start)
             )
         )
-        for kind, sequence, body in _answers(netlink, len(batch)):
+        for kind, sequence, body in _answers(netlink, last):
             if kind != _NLMSG_ERROR:
                 continue
             err = -struct.unpack_from("=i", body)[0]
@@ -224,9 +258,14 @@ def _write_batches(
 
 def _replace_message(route: KernelRoute) -> tuple[int, int, bytes]:
     """Return kind, flags and body of a route as flanneld writes it, protocol boot."""
-    body = _route_header(route.subnet, _RTNH_F_ONLINK if route.onlink else 0)
-    body += _attribute(_RTA_GATEWAY, route.gateway.packed)
-    body += _attribute(_RTA_OIF, struct.pack("=I", route.index))
+    subnet, length = route.subnet, _ATTRIBUTE_HEADER + route.subnet.max_prefixlen // 8
+    # In one piece, as there may be 10,000 of them.
+    body = _GATEWAY_ROUTE[subnet.version].pack(
+        *_route_fields(subnet, _RTNH_F_ONLINK if route.onlink else 0),
+        *(length, _RTA_DST, subnet.network_address.packed),
+        *(length, _RTA_GATEWAY, route.gateway.packed),
+        *(_ATTRIBUTE_HEADER + 4, _RTA_OIF, route.index),
+    )
     if route.mtu:
         body += _attribute(_RTA_METRICS, _attribute(_RTAX_MTU, struct.pack("=I", route.mtu)))
     return _RTM_NEWROUTE, _NLM_F_CREATE | _NLM_F_REPLACE, body
@@ -234,37 +273,30 @@ def _replace_message(route: KernelRoute) -> tuple[int, int, bytes]:
 
 def _delete_message(subnet: IPNetwork) -> tuple[int, int, bytes]:
     """Return kind, flags and body for the route of protocol boot, whichever way it leads."""
-    return _RTM_DELROUTE, 0, _route_header(subnet, 0)
+    header = _RTMSG.pack(*_route_fields(subnet, 0))
+    return _RTM_DELROUTE, 0, header + _attribute(_RTA_DST, subnet.network_address.packed)
 
 
-def _route_header(subnet: IPNetwork, flags: int) -> bytes:
-    header = _RTMSG.pack(
-        _FAMILY[subnet.version],
-        subnet.prefixlen,
-        0,
-        0,
-        _RT_TABLE_MAIN,
-        _RTPROT_BOOT,
-        _RT_SCOPE_UNIVERSE,
-        _RTN_UNICAST,
-        flags,
-    )
-    return header + _attribute(_RTA_DST, subnet.network_address.packed)
+def _route_fields(subnet: IPNetwork, flags: int) -> tuple[int, ...]:
+    """Return the fields of a struct rtmsg of protocol boot, whose attributes follow."""
+    family, main = _FAMILY[subnet.version], _RT_TABLE_MAIN
+    scope = _RT_SCOPE_UNIVERSE
+    return family, subnet.prefixlen, 0, 0, main, _RTPROT_BOOT, scope, _RTN_UNICAST, flags
 
 
 def _ways_to(netlink: socket.socket, addresses: Iterable[IPAddress]) -> dict[IPAddress, _Way]:
     """Return how the kernel reaches each address; those that it cannot reach are left out."""
     wanted = list(dict.fromkeys(addresses))
     found = {}
-    for start in range(0, len(wanted), BATCH):
-        batch = wanted[start : start + BATCH]
+    for start in range(0, len(wanted), LOOKUPS):
+        batch = wanted[start : start + LOOKUPS]
         netlink.send(
             b"".join(
-                _message(_RTM_GETROUTE, 0, start + number, _lookup(address))
-                for number, address in enumerate(batch)
+                _message(_RTM_GETROUTE, 0, sequence, _lookup(address))
+                for sequence, address in enumerate(batch, start)
             )
         )
-        for kind, sequence, body in _answers(netlink, len(batch)):
+        for kind, sequence, body in _answers(netlink, start + len(batch) - 1):
             if kind != _RTM_NEWROUTE or _RTMSG.unpack_from(body)[7] != _RTN_UNICAST:
                 continue
             about = attributes(body)
@@ -318,15 +350,16 @@ def attributes(message: bytes, offset: int = _RTMSG.size) -> dict[int, bytes]:
     return found
 
 
-def _answers(netlink: socket.socket, count: int | None) -> Iterator[tuple[int, int, bytes]]:
-    """Read (kind, sequence, body) of `count` answers, of all until the end of a dump if None."""
-    while count is None or count > 0:
+def _answers(netlink: socket.socket, last: int | None) -> Iterator[tuple[int, int, bytes]]:
+    """Read (kind, sequence, body) until that of sequence `last`, or if None the end of a dump."""
+    while True:
         datagram = netlink.recv(READ_BYTES)
         offset = 0
         while offset < len(datagram):
             length, kind, _, sequence, _ = _HEADER.unpack_from(datagram, offset)
-            if kind == _NLMSG_DONE or (count is None and kind == _NLMSG_ERROR):
+            if kind == _NLMSG_DONE or (last is None and kind == _NLMSG_ERROR):
                 return
             yield kind, sequence, datagram[offset + _HEADER.size : offset + length]
-            count = None if count is None else count - 1
+            if sequence == last:
+                return
             offset += (length + 3) & ~3

@@ -26,7 +26,11 @@ from pyflannel.control.etcd_fault import EtcdRejected, EtcdUnavailable
 from pyflannel.control.family_routes import Place
 from pyflannel.control.lease import Lease, config_key
 from pyflannel.control.lease_keeper import LeaseKeeper
-from pyflannel.control.lease_list import read_leases_of
+from pyflannel.control.lease_list import (
+    SnapshotReader,
+    read_leases_of,
+    recent_snapshot_reader,
+)
 from pyflannel.control.lease_table import LeaseTable
 from pyflannel.control.lease_writer import OwnIdentity
 from pyflannel.control.network_config import NetworkConfig, parse_network_config_untrusted
@@ -161,7 +165,8 @@ class Daemon:
         netlink = node.netlink = await stack.enter_async_context(Netlink())
         overlays = self._overlays
         in_use = {} if predecessor is None else predecessor.handed.offloads
-        identity = await self._open(etcd, netlink, config, inherited, in_use)
+        read = recent_snapshot_reader(etcd, options.etcd_prefix)
+        identity = await self._open(read, netlink, config, inherited, in_use)
         if predecessor is None:
             await self._serve_control(path)
         keeper = node.keeper = LeaseKeeper(
@@ -176,7 +181,7 @@ class Daemon:
         if options.release_lease_on_exit:
             stack.push_async_callback(keeper.release)
         if predecessor is None:
-            lease = await keeper.acquire()
+            lease = await keeper.acquire(read)
         else:
             lease = predecessor.lease(options.etcd_prefix, config)
             keeper.take_over(lease, predecessor.handed.expires_at)
@@ -187,7 +192,8 @@ class Daemon:
         table.set_own_subnet(lease.subnet)
         await overlays.adopt(lease.subnet)
         sync = node.sync = RouteSync(etcd, options.etcd_prefix, table, overlays)
-        await sync.first_snapshot()
+        async with overlays.writing_early():
+            await sync.first_snapshot(read)
         await overlays.reconcile()
 
         async def move(public_ip: IPAddress) -> None:
@@ -255,7 +261,7 @@ class Daemon:
 
     async def _open(
         self,
-        etcd: Etcd,
+        read: SnapshotReader,
         netlink: Netlink,
         config: NetworkConfig,
         inherited: Inheritance,
@@ -274,7 +280,7 @@ class Daemon:
                 options, netlink, config, underlying, stack, inherited, in_use.get(name)
             )
             public_ip = each[0].underlying.public_ip if each else underlying.public_ip
-            macs.append(await self._own_mac(etcd, overlay, public_ip, kernel_mac))
+            macs.append(await self._own_mac(read, overlay, public_ip, kernel_mac))
             overlay.identify(macs[-1])
             each.append(overlay)
             # Before it is closed, as /metrics is served to the end.
@@ -325,17 +331,20 @@ class Daemon:
         return config
 
     async def _own_mac(
-        self, etcd: Etcd, overlay: Overlay, public_ip: IPAddress, kernel_mac: MacAddress | None
+        self,
+        read: SnapshotReader,
+        overlay: Overlay,
+        public_ip: IPAddress,
+        kernel_mac: MacAddress | None,
     ) -> MacAddress:
         path = self._options.state_dir / f"{overlay.device}.json"
         machine_id = MACHINE_ID.read_text().strip() if MACHINE_ID.exists() else ""
         stored, lease_mac = load_vtep_mac(path, machine_id), None
         if stored is None and kernel_mac is None:
-            prefix = self._options.etcd_prefix
             own = await _until_etcd_answers(
                 "the list of leases in etcd",
                 self._readiness,
-                lambda: read_leases_of(etcd, prefix, public_ip),
+                lambda: read_leases_of(read, public_ip),
             )
             lease_mac = _lease_mac(own, overlay.version)
         mac, origin = pick_vtep_mac(stored, kernel_mac, lease_mac, os.urandom)

@@ -248,6 +248,10 @@ class Overlay:
                 kernel[change.subnet] = None
         self._route_writer.change(kernel)
 
+    def writing_early(self) -> contextlib.AbstractAsyncContextManager[None]:
+        """Let the kernel's routes follow `apply` at once, until `reconcile`, where that is safe."""
+        return self._route_writer.writing_early()
+
     async def reconcile(self) -> None:
         """Look at all of the kernel's routes to peers, and make them what the FIB says; with
         DirectRouting look anew at who is on our link.

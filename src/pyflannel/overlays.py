@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import AsyncIterator, Sequence
 
 from pyflannel.control.lease import LeaseSubnet
 from pyflannel.dataplane.route import IPNetwork, RouteChange
@@ -34,6 +35,14 @@ class Overlays:
         """Program route changes of any family."""
         for overlay in self.each:
             await overlay.apply(changes)
+
+    @contextlib.asynccontextmanager
+    async def writing_early(self) -> AsyncIterator[None]:
+        """Let the kernel's routes follow `apply` at once, until `reconcile`, where that is safe."""
+        async with contextlib.AsyncExitStack() as stack:
+            for overlay in self.each:
+                await stack.enter_async_context(overlay.writing_early())
+            yield
 
     async def reconcile(self) -> None:
         """Make the kernel's routes to peers what the FIBs say."""

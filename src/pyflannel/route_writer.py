@@ -8,9 +8,10 @@ goes in the next batch. What is written already is not written again.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 
 from pyflannel.dataplane.kernel_routes import PeerRoutes
 from pyflannel.dataplane.netlink import Netlink
@@ -71,19 +72,49 @@ class RouteWriter:
         """Write for ever."""
         while True:
             await self._changed.wait()
-            batch = self._take()
-            replaced = {x: self._wanted[x] for x in batch if x in self._wanted}
-            deleted = [x for x in batch if x not in self._wanted]
-            for subnet in batch:
-                self._written.pop(subnet, None)
-            try:
-                failed = await self._netlink.run(self._routes.apply, replaced, deleted)
-                self._settle(batch, replaced, deleted, failed)
-            except OSError as error:
-                # All are written once the device is back.
-                log.warning("%s: routes cannot be written: %s", self._device, error)
-                self._settle((), {}, deleted, [])
+            await self._write(self._routes.apply)
             await asyncio.sleep(self._pause_seconds)
+
+    @contextlib.asynccontextmanager
+    async def writing_early(self) -> AsyncIterator[None]:
+        """Write what changes in this context at once, `reconcile` is to follow.
+
+        So the kernel's time for many routes and ours for as many leases pass together. Where the
+        kernel has routes of ours already, only `reconcile` can tell which of them are right.
+        """
+        if not await self._netlink.run(self._routes.may_write_ahead):
+            yield
+            return
+        is_over = False
+
+        async def write() -> None:
+            while not is_over or self._unwritten:
+                await self._changed.wait()
+                await self._write(self._routes.write_ahead)
+
+        writing = asyncio.ensure_future(write())
+        try:
+            yield
+            is_over = True
+            self._changed.set()
+            await writing
+        finally:
+            writing.cancel()
+
+    async def _write(self, write: Callable[..., list[tuple[IPNetwork, int]]]) -> None:
+        """Write what has changed."""
+        batch = self._take()
+        replaced = {x: self._wanted[x] for x in batch if x in self._wanted}
+        deleted = [x for x in batch if x not in self._wanted]
+        for subnet in batch:
+            self._written.pop(subnet, None)
+        try:
+            failed = await self._netlink.run(write, replaced, deleted)
+            self._settle(batch, replaced, deleted, failed)
+        except OSError as error:
+            # All are written once the device is back.
+            log.warning("%s: routes cannot be written: %s", self._device, error)
+            self._settle((), {}, deleted, [])
 
     async def reconcile(self) -> None:
         """Look at all routes the kernel has, and make them what all changes until now say."""

@@ -15,6 +15,7 @@ import pytest
 from pyflannel.control.etcd import Etcd
 from pyflannel.control.lease import LEASE_TTL_SECONDS, Lease, LeaseSubnet, lease_key
 from pyflannel.control.lease_keeper import CONFLICT, NO_LEASE, SUBNET_CHANGED, LeaseKeeper
+from pyflannel.control.lease_list import RECENT_SECONDS, recent_snapshot_reader
 from pyflannel.control.lease_writer import OwnIdentity
 from pyflannel.control.network_config import NetworkConfig, parse_network_config_untrusted
 from pyflannel.control.own_lease import LeaseState
@@ -149,6 +150,30 @@ async def test_the_previous_subnet_is_asked_for_first(etcd: Etcd, prefix: str) -
     assert own.state is LeaseState.HELD
     assert own.expires_at is not None
     assert abs(own.expires_at - time.time() - LEASE_TTL_SECONDS) < 5
+
+
+async def test_a_list_that_is_a_moment_old_costs_a_second_attempt_at_most(
+    etcd: Etcd, prefix: str
+) -> None:
+    network = config("10.5.0.0/24", 30)
+    read = recent_snapshot_reader(etcd, prefix)
+    before = await read()
+    others = [Node(etcd, prefix, number, network=network) for number in range(1, 63)]
+    await asyncio.gather(*(node.keeper.acquire() for node in others))
+    assert before is await read() and not before.kvs
+    lease = await Node(etcd, prefix, 63, network=network).keeper.acquire(read)
+    assert lease.subnet not in {node.keeper.own.subnet for node in others}
+
+
+async def test_a_list_is_given_again_for_a_second_only(etcd: Etcd, prefix: str) -> None:
+    read = recent_snapshot_reader(etcd, prefix)
+    before = await read()
+    await put(etcd, f"{prefix}/subnets/10.5.9.0-24", OTHER)
+    asked_at, kvs = before.asked_at, before.kvs
+    while (found := await read()).asked_at == asked_at:
+        assert found.kvs == kvs and time.monotonic() - asked_at < RECENT_SECONDS + 1
+        await asyncio.sleep(0.01)
+    assert len(found.kvs) == 1 and found.asked_at - asked_at > RECENT_SECONDS
 
 
 async def test_renewal_is_a_put_of_the_same_value_under_a_new_etcd_lease(

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pyflannel.control import lease_table
 from pyflannel.control.family_routes import FamilyRoutes, Place
 from pyflannel.control.lease import KeyValue, LeaseAttributes, LeaseSubnet, Vtep
 from pyflannel.control.lease_table import LeaseTable
@@ -306,6 +307,29 @@ _VALUES = st.sampled_from(
         b"{}",
     ]
 )
+
+
+@given(
+    entries=st.dictionaries(_KEYS, st.tuples(_VALUES, st.integers(1, 9))),
+    part=st.integers(1, 3),
+)
+@settings(deadline=None)
+def test_a_first_snapshot_in_parts_takes_no_route_back(
+    entries: dict[str, tuple[bytes, int]], part: int
+) -> None:
+    kvs = [kv(key, octets, created) for key, (octets, created) in entries.items()]
+    table, whole = dual_table(), dual_table()
+    programmed: list[Route] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lease_table, "PART_LEASES", part)
+        for changes in table.load(kvs):
+            for change in changes:
+                assert isinstance(change, Replace)
+                programmed.append(change.route)
+    whole.reset(kvs)
+    assert len(programmed) == len({route.subnet for route in programmed})
+    assert set(programmed) == set(table.routes()) == set(whole.routes())
+    assert (table.quarantined(), table.bad()) == (whole.quarantined(), whole.bad())
 
 
 @given(events=st.lists(st.tuples(_KEYS, _VALUES, st.booleans()), max_size=30))

@@ -48,6 +48,11 @@ class Kernel:
         self.routes |= {x: host for x, host in replace.items() if x not in self.refuses}
         return [(x, 22) for x in replace if x in self.refuses]
 
+    write_ahead = apply
+
+    def may_write_ahead(self) -> bool:
+        return not self.routes
+
     def sync(
         self, wanted: Mapping[IPNetwork, IPAddress]
     ) -> tuple[int, int, list[tuple[IPNetwork, int]]]:
@@ -189,3 +194,41 @@ async def test_what_is_written_is_not_written_again_unless_it_was_refused() -> N
         node.look()
         await node.finish()
         assert node.writer.refused == {}
+
+
+async def test_routes_are_written_while_others_are_still_to_come() -> None:
+    node = Node()
+
+    async def start() -> None:
+        async with node.writer.writing_early():
+            for subnet in SUBNETS:
+                node.change(subnet, HOSTS[0])
+                await node.settle()
+
+    starting = asyncio.ensure_future(start())
+    await node.settle()
+    assert node.kernel.turn()  # it has no routes
+    await node.settle()
+    ((_, _, batch),) = node.kernel.work
+    assert batch == ({SUBNETS[0]: HOSTS[0]}, [])
+    await node.finish()
+    await starting
+    assert node.kernel.routes == node.wanted == dict.fromkeys(SUBNETS, HOSTS[0])
+
+
+async def test_nothing_is_written_before_routes_of_an_earlier_run_were_looked_at() -> None:
+    node = Node()
+    node.kernel.routes = {SUBNETS[0]: HOSTS[0]}
+
+    async def start() -> None:
+        async with node.writer.writing_early():
+            node.change(SUBNETS[1], HOSTS[1])
+            await node.settle()
+
+    starting = asyncio.ensure_future(start())
+    await node.finish()
+    await starting
+    assert node.kernel.routes == {SUBNETS[0]: HOSTS[0]}
+    node.look()
+    await node.finish()
+    assert node.kernel.routes == {SUBNETS[1]: HOSTS[1]}

@@ -74,6 +74,23 @@ def test_routes_are_written_as_flannel_writes_them(host: Namespace) -> None:
     assert routes(host) == [route(FIRST)]
 
 
+def test_routes_written_ahead_are_the_same(host: Namespace) -> None:
+    def ahead(direct: DirectRouting | None = None) -> bool:
+        return inside(host, PeerRoutes(DEVICE, direct, mtu=1450, overhead=50).may_write_ahead)
+
+    peers = dict.fromkeys([FIRST, SECOND], UNDERLAY)
+    direct = DirectRouting(ip_network("10.244.0.0/16"), 24)
+    assert ahead() and not ahead(direct)
+    failed = inside(
+        host,
+        lambda: PeerRoutes(DEVICE, None, mtu=1450, overhead=50).write_ahead(peers, []),
+    )
+    before = routes(host)
+    assert failed == [] and not ahead()
+    assert sync(host, [FIRST, SECOND]) == (0, 0, [])
+    assert routes(host) == before == [f"{x} via {x[0]} onlink" for x in (FIRST, SECOND)]
+
+
 def test_a_refused_route_is_told_by_errno_and_the_others_stand(host: Namespace) -> None:
     assert write(host, [FIRST, OURS, SECOND]) == [(OURS, errno.EINVAL)]
     assert routes(host) == [route(FIRST), route(SECOND)]
