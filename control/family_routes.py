@@ -50,7 +50,7 @@ class FamilyRoutes:
         self.version = place.network.version
         self.own_subnet: IPNetwork | None = None
         self.routes: dict[IPNetwork, Route] = {}
-        self.quarantined: Mapping[bytes, str] = {}
+        self.quarantined: dict[bytes, str] = {}
         self._network = place.network
         self.own_public_ip = place.public_ip
         self._port = port
@@ -103,24 +103,41 @@ class FamilyRoutes:
         gone = self.routes.pop(part.subnet, None)
         return (Delete(gone.subnet),) if gone is not None else ()
 
+    def load(self, leases: Iterable[tuple[bytes, Lease]]) -> tuple[RouteChange, ...]:
+        """Take in leases that are younger than all before, as `settle` of all would."""
+        self._judged_by = (self.own_subnet, self.own_public_ip)
+        changes = []
+        for key, lease in leases:
+            one = self._judged[key] = self._judge_one(key, lease)
+            route = self._admit(key, one)
+            if route is not None:
+                self.routes[route.subnet] = route
+                changes.append(Replace(route))
+        return tuple(changes)
+
     def settle(self, leases: Iterable[tuple[bytes, Lease]]) -> tuple[RouteChange, ...]:
         """Derive everything anew from all leases, the first of conflicting ones wins."""
         wanted: dict[IPNetwork, Route] = {}
-        quarantined: dict[bytes, str] = {}
+        self.quarantined = {}
         self._claims = _Claims()
         for key, one in self._judge(leases).items():
-            if one.subnet is None:
-                continue
-            why = one.why_unusable or self._claims.claim(one.subnet, key)
-            if why:
-                quarantined[key] = why
-            elif one.route is not None:
-                wanted[one.route.subnet] = one.route
-        self.quarantined = quarantined
+            route = self._admit(key, one)
+            if route is not None:
+                wanted[route.subnet] = route
         changes: list[RouteChange] = [Delete(x) for x in self.routes if x not in wanted]
         changes += [Replace(x) for x in wanted.values() if self.routes.get(x.subnet) != x]
         self.routes = wanted
         return tuple(changes)
+
+    def _admit(self, key: bytes, one: _Judged) -> Route | None:
+        """Let a lease hold its subnet, or quarantine it; return its route if it has one."""
+        if one.subnet is None:
+            return None
+        why = one.why_unusable or self._claims.claim(one.subnet, key)
+        if why:
+            self.quarantined[key] = why
+            return None
+        return one.route
 
     def _judge(self, leases: Iterable[tuple[bytes, Lease]]) -> Mapping[bytes, _Judged]:
         """Judge each lease by itself, in their order, unless that is done and holds."""

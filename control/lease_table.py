@@ -94,23 +94,14 @@ class LeaseTable:
         what an earlier one brought.
         """
         oldest_first = sorted(kvs, key=lambda kv: (kv.create_revision, kv.key))
+        foreign: dict[bytes, str] = {}
         for start in range(0, len(oldest_first), PART_LEASES):
-            changes: list[RouteChange] = []
-            for kv in oldest_first[start : start + PART_LEASES]:
-                if self._store(kv):
-                    changes += self._load(kv.key, self._leases[kv.key])
-            yield tuple(changes)
-        yield self._settle()
-
-    def _load(self, key: bytes, lease: Lease) -> Iterator[RouteChange]:
-        """Take one lease, younger than all before; what conflicts waits for `_settle`."""
-        if self._is_own(lease) or _is_foreign(lease):
-            return
-        # Each family is asked, as a lease that is refused by one may hold a subnet in the other.
-        accepted = [x.accept(key, lease, known=False) for x in self._families]
-        if all(accepted):
-            for family in self._families:
-                yield from family.update(key, lease)
+            part = oldest_first[start : start + PART_LEASES]
+            leases = [(kv.key, self._leases[kv.key]) for kv in part if self._store(kv)]
+            peers, others = self._peers(leases)
+            foreign |= others
+            yield tuple(change for x in self._families for change in x.load(peers))
+        self._quarantine(foreign)
 
     def reset(
         self, kvs: Iterable[KeyValue], same_history: bool = True, now: float = 0.0
@@ -197,8 +188,20 @@ class LeaseTable:
 
     def _settle(self) -> tuple[RouteChange, ...]:
         """Derive the routes anew and return what differs."""
-        peers, foreign = self._peers()
+        # Revisions of a lost history say nothing about age: what etcd names now comes first.
+        oldest_first = sorted(
+            self._leases.items(),
+            key=lambda item: (item[0] in self._unconfirmed, item[1].create_revision, item[0]),
+        )
+        peers, foreign = self._peers(oldest_first)
         changes = [change for x in self._families for change in x.settle(peers)]
+        if self._quarantine(foreign):
+            # What such a lease held in its other family is free now.
+            changes += self._settle()
+        return tuple(changes)
+
+    def _quarantine(self, foreign: Mapping[bytes, str]) -> bool:
+        """Note which leases are not used; whether some of them went, as none but us kept them."""
         quarantined = dict(foreign)
         for family in self._families:
             for key, why in family.quarantined.items():
@@ -210,23 +213,20 @@ class LeaseTable:
             )
             self._forget(key)
         if unconfirmed:
-            # What such a lease held in its other family is free now.
-            return (*changes, *self._settle())
+            return True
         for key, why in quarantined.items():
             if self._quarantined.get(key) != why:
                 log.warning("not using lease %s: %s", text_of(key), why)
         self._quarantined = quarantined
         self._rivals = quarantined.keys() - foreign.keys()
-        return tuple(changes)
+        return False
 
-    def _peers(self) -> tuple[list[tuple[bytes, Lease]], dict[bytes, str]]:
-        """Return the leases of other nodes, the first of conflicting ones to win, and why not."""
+    def _peers(
+        self, leases: Iterable[tuple[bytes, Lease]]
+    ) -> tuple[list[tuple[bytes, Lease]], dict[bytes, str]]:
+        """Return the leases of other nodes among these, and why some are none of peers."""
         peers, foreign = [], {}
-        # Revisions of a lost history say nothing about age: what etcd names now comes first.
-        for key, lease in sorted(
-            self._leases.items(),
-            key=lambda item: (item[0] in self._unconfirmed, item[1].create_revision, item[0]),
-        ):
+        for key, lease in leases:
             if self._is_own(lease):
                 continue
             if _is_foreign(lease):
