@@ -14,6 +14,7 @@ import re
 import select
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from ipaddress import IPv4Network
 from pathlib import Path
 
@@ -113,9 +114,11 @@ PIDFD_GETFD, EPOLL_CTL_ADD = 438, 1
 def _wait_set_of_the_packet_thread(pid: int) -> int:
     """Return the number of the epoll descriptor with a TUN queue whose key is 0."""
     for entry in Path(f"/proc/{pid}/fdinfo").iterdir():
-        for number in re.findall(r"^tfd: +(\d+) .* data: +0 ", entry.read_text(), re.MULTILINE):
-            if os.readlink(f"/proc/{pid}/fd/{number}") == "/dev/net/tun":
-                return int(entry.name)
+        with suppress(FileNotFoundError):  # closed meanwhile
+            told = entry.read_text()
+            for number in re.findall(r"^tfd: +(\d+) .* data: +0 ", told, re.MULTILINE):
+                if os.readlink(f"/proc/{pid}/fd/{number}") == "/dev/net/tun":
+                    return int(entry.name)
     raise AssertionError("no packet thread waits")
 
 

@@ -455,14 +455,18 @@ def _add_address(namespace: Namespace, device: str, address: IPAddress, length: 
 
 @contextmanager
 def lab(hosts: int, underlay: Underlay = WIRE_SIZED, *, dual_stack: bool = False) -> Iterator[Lab]:
-    """Make a lab with etcd and some hosts; removed in every exit path, SIGTERM too."""
+    """Make a lab with etcd and some hosts; removed in every exit path.
+
+    At SIGTERM too, which ends a program that does nothing else about it.
+    """
 
     def end(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)
 
     made = Lab(underlay, dual_stack=dual_stack)
     old = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    signal.signal(signal.SIGTERM, end)
+    if old[signal.SIGTERM] is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, end)
     try:
         made.start_switch()
         made.start_etcd()
