@@ -57,7 +57,7 @@ class FamilyRoutes:
         self._previous_mac: dict[bytes, MacAddress] = {}
         self._claims = _Claims()
         self._judged: dict[bytes, _Judged] = {}
-        """Of the leases at the last `settle`, so that the next looks only at those that changed."""
+        """Of the leases last seen, so that `settle` looks only at those that changed."""
         self._judged_by: tuple[IPNetwork | None, IPAddress] | None = None
 
     def note_change(self, key: bytes, old: Lease, new: Lease) -> None:

@@ -27,7 +27,7 @@ from pyflannel.control.lease import (
     lease_key,
     parse_lease_attributes_untrusted,
 )
-from pyflannel.control.lease_list import SnapshotReader
+from pyflannel.control.lease_list import RecentSnapshot
 from pyflannel.control.lease_writer import LeaseWriter, OwnIdentity
 from pyflannel.control.network_config import NetworkConfig
 from pyflannel.control.own_lease import (
@@ -123,12 +123,12 @@ class LeaseKeeper:
             foreign_puts=self._foreign_puts,
         )
 
-    async def acquire(self, read: SnapshotReader | None = None) -> Lease:
+    async def acquire(self, recent: RecentSnapshot | None = None) -> Lease:
         """Get a lease, however long it takes; SubnetsExhausted when none is free.
 
-        `read` gives the leases for the first attempt, which may be a moment old.
+        `recent` may spare the first attempt a list.
         """
-        return self._hold(await self._writer.acquire(read))
+        return self._hold(await self._writer.acquire(recent))
 
     def to_hand_over(self) -> tuple[KeyValue, float | None]:
         """Return our key as we know it, and when its etcd lease ends, for a successor."""

@@ -38,17 +38,24 @@ def snapshot_reader(etcd: Etcd, prefix: str) -> SnapshotReader:
     return lambda: etcd.snapshot(subnets_prefix(prefix) + "/")
 
 
-def recent_snapshot_reader(etcd: Etcd, prefix: str) -> SnapshotReader:
-    """Return what gives the last answer again for a second, for steps that follow each other."""
-    ask, last = snapshot_reader(etcd, prefix), None
+class RecentSnapshot:
+    """Gives the last answer again for a second, to steps that follow each other."""
 
-    async def read() -> Snapshot:
-        nonlocal last
-        if last is None or time.monotonic() - last.asked_at > RECENT_SECONDS:
-            last = await ask()
-        return last
+    def __init__(self, etcd: Etcd, prefix: str) -> None:
+        self._ask = snapshot_reader(etcd, prefix)
+        self._last: Snapshot | None = None
+        self._came_at = 0.0
 
-    return read
+    async def read(self) -> Snapshot:
+        """Return all leases as they were not long ago; EtcdUnavailable."""
+        if self._last is None or time.monotonic() - self._came_at > RECENT_SECONDS:
+            self._last = await self._ask()
+            self._came_at = time.monotonic()
+        return self._last
+
+    def forget(self) -> None:
+        """Ask anew at the next `read`."""
+        self._last = None
 
 
 async def read_leases_of(read: SnapshotReader, public_ip: IPAddress) -> tuple[Lease, ...]:

@@ -104,7 +104,7 @@ class LeaseTable:
         self._quarantine(foreign)
 
     def reset(
-        self, kvs: Iterable[KeyValue], same_history: bool = True, now: float = 0.0
+        self, kvs: Iterable[KeyValue], *, same_history: bool = True, now: float = 0.0
     ) -> tuple[RouteChange, ...]:
         """Take in a snapshot; `now` in seconds of the clock that `expire` is given.
 

@@ -33,7 +33,7 @@ from pyflannel.control.lease import (
     parse_lease_untrusted,
     parse_subnet_key_untrusted,
 )
-from pyflannel.control.lease_list import SnapshotReader, snapshot_reader
+from pyflannel.control.lease_list import RecentSnapshot
 from pyflannel.control.network_config import NetworkConfig
 from pyflannel.control.subnet_pool import choose_subnet
 from pyflannel.dataplane.route import IPAddress, MacAddress, Vni
@@ -95,7 +95,6 @@ class LeaseWriter:
         rng: random.Random,
     ) -> None:
         self._etcd = etcd
-        self._read = snapshot_reader(etcd, prefix)
         self._prefix = prefix
         self._config = config
         self._previous = identity.previous
@@ -109,20 +108,18 @@ class LeaseWriter:
         self._identity = identity
         self.value = identity.attributes(self._config.backend.vni).to_json()
 
-    async def acquire(self, read: SnapshotReader | None = None) -> Lease:
+    async def acquire(self, recent: RecentSnapshot | None = None) -> Lease:
         """Get a lease: our old one, the previous subnet, or a free one.
 
-        `read` gives the leases for the first attempt, which may be a moment old. Waits for etcd as
+        `recent` may spare the first attempt a list. Waits for etcd as
         long as it takes, and tries again when another host was faster: then there is one subnet
         less, so this ends. SubnetsExhausted when there is none.
         """
         told = 0.0
-        read = read or self._read
+        recent = recent or RecentSnapshot(self._etcd, self._prefix)
         while True:
             try:
-                snapshot = await read()
-                read = self._read
-                lease = await self._attempt(snapshot)
+                lease = await self._attempt(await recent.read())
                 if lease is not None:
                     return lease
                 await asyncio.sleep(RACE_SECONDS * self._rng.random())
@@ -133,6 +130,7 @@ class LeaseWriter:
                 await asyncio.sleep(RETRY_SECONDS)
             except EtcdUnavailable as error:
                 log.debug("cannot acquire a lease: %s", error)
+            recent.forget()
 
     async def _attempt(self, snapshot: Snapshot) -> Lease | None:
         """Try once; None when somebody else was faster."""

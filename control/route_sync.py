@@ -163,7 +163,8 @@ class RouteSync:
         why = self._history.reset(snapshot.cluster_id, snapshot.revision, snapshot.kvs)
         parts: Iterable[Sequence[RouteChange]]
         if self._snapshots:
-            parts = [self._table.reset(snapshot.kvs, not why, snapshot.asked_at)]
+            now = snapshot.asked_at
+            parts = [self._table.reset(snapshot.kvs, same_history=not why, now=now)]
         else:
             parts = self._table.load(snapshot.kvs)
         self._snapshots += 1

@@ -154,6 +154,7 @@ int fp_worker_start(struct fp_worker *worker, int threads, int adaptive);
 int fp_worker_stop(struct fp_worker *worker);
 int fp_worker_error(const struct fp_worker *worker);
 int fp_worker_schedule_error(const struct fp_worker *worker);
+int fp_worker_threads(const struct fp_worker *worker);
 uint64_t fp_worker_silence_ms(const struct fp_worker *worker);
 
 int fp_decap_check(struct fp_ctx *ctx, uint8_t *datagram, size_t length, const uint8_t *outer_source,

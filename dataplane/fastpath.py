@@ -423,6 +423,11 @@ class Worker:
         """Whether every thread got the schedule it was to have; false without CAP_SYS_NICE."""
         return not int(lib.fp_worker_schedule_error(self._worker))
 
+    @property
+    def threads(self) -> int:
+        """How many threads move packets now: 0 when `turn` does, of adaptive ones 2 under load."""
+        return int(lib.fp_worker_threads(self._worker))
+
     def silence(self) -> float:
         """Return for how many seconds the slowest thread has been in its turn; 0 without threads.
 

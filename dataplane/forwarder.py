@@ -54,6 +54,11 @@ class Forwarder:
         return self._worker is not None
 
     @property
+    def threads(self) -> int:
+        """How many threads move packets now; 0 when the event loop does, or nobody."""
+        return 0 if self._worker is None else self._worker.threads
+
+    @property
     def silence(self) -> float:
         """For how many seconds packets may have had no turn; a loop that can ask turns itself."""
         if self._worker is None or self._workers is Workers.LOOP:

@@ -8,6 +8,7 @@ the route to its subnet. OSError with ENODEV when the device is gone.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import secrets
@@ -21,9 +22,11 @@ from pyflannel.dataplane.route import IPAddress, IPNetwork
 
 LOOKUPS = 100
 """In one batch: the kernel has an answer of its own for each."""
-WRITES = 1000
+WRITES = 500
 """In one batch, of which the kernel answers the last and what it refuses."""
-RECEIVE_BUFFER = 8 << 20
+RECEIVE_BUFFER = 1 << 20
+REFUSAL_BYTES = 2048
+"""What one takes of the receive buffer at most."""
 _PORT_BASE = 1 << 30
 READ_BYTES = 1 << 18
 
@@ -192,8 +195,14 @@ def device_index(name: str) -> int:
 
 def _open(port: int) -> socket.socket:
     netlink = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
-    netlink.bind((port, 0))
-    netlink.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, RECEIVE_BUFFER)
+    try:
+        netlink.bind((port, 0))
+        # Only root of the whole machine may, not that of a user namespace.
+        with contextlib.suppress(PermissionError):
+            netlink.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, RECEIVE_BUFFER)
+    except OSError:
+        netlink.close()
+        raise
     return netlink
 
 
@@ -237,8 +246,10 @@ def _write_batches(
     deletions = len(work)
     work += [(route.subnet, _replace_message(route)) for route in replace]
     failed = []
-    for start in range(0, len(work), WRITES):
-        batch = work[start : start + WRITES]
+    room = netlink.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
+    size = min(WRITES, room // REFUSAL_BYTES)
+    for start in range(0, len(work), size):
+        batch = work[start : start + size]
         last = start + len(batch) - 1
         # Refusals are told without being asked for.
         netlink.send(

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * The part of a checksum that vector instructions do: the same C for AVX-512, AVX2 and what every
- * x86-64 has, chosen when the library is loaded; other machines have one version.
+ * x86-64 has, chosen by the processor; other machines have one version.
  */
 #include "checksum.h"
 
@@ -15,8 +15,8 @@
 #endif
 
 /*
- * Define a function that sums the 32-bit words of whole blocks in vectors of @bytes; the compiler
- * keeps vectors that are larger than the machine's in memory.
+ * Define a function that sums the 32-bit words of whole blocks in vectors of @bytes. AVX-512 has
+ * one of its own, as the compiler keeps vectors that are larger than the machine's in memory.
  *
  * A 64-bit lane loses the carries out of it. The high words are summed once more apart: without
  * them what remains is the sum of the low ones, for which a lane has room.

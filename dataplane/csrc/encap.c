@@ -3,8 +3,8 @@
  * DOC: From the TUN to the wire
  *
  * A batch reads BATCH_BYTES or READS_PER_BATCH packets from one TUN queue into an arena, gives each
- * the 22 bytes that encapsulation pushes, and sends (csrc/send.c). Packets stand in the arena one
- * behind the other:
+ * the 22 bytes that encapsulation pushes, and sends (csrc/send.c). In the arena stand, with a gap
+ * in front of a super-packet that lets its payload begin a cache line:
  *
  *	| push | packet | push | packet | push | first segment | push | next segment | ...
  *

@@ -467,6 +467,14 @@ int fp_worker_stop(struct fp_worker *worker)
 	return worker->error;
 }
 
+/** fp_worker_threads() - How many threads move packets now; 0 when the caller's turns do */
+int fp_worker_threads(const struct fp_worker *worker)
+{
+	bool alone = worker->threads == 2 && worker->adaptive && !worker->assisted;
+
+	return alone ? 1 : (int)worker->threads;
+}
+
 /** fp_worker_silence_ms() - How long ago the thread that hangs longest began its turn; 0 without */
 uint64_t fp_worker_silence_ms(const struct fp_worker *worker)
 {

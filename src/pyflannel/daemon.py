@@ -26,11 +26,7 @@ from pyflannel.control.etcd_fault import EtcdRejected, EtcdUnavailable
 from pyflannel.control.family_routes import Place
 from pyflannel.control.lease import Lease, config_key
 from pyflannel.control.lease_keeper import LeaseKeeper
-from pyflannel.control.lease_list import (
-    SnapshotReader,
-    read_leases_of,
-    recent_snapshot_reader,
-)
+from pyflannel.control.lease_list import RecentSnapshot, SnapshotReader, read_leases_of
 from pyflannel.control.lease_table import LeaseTable
 from pyflannel.control.lease_writer import OwnIdentity
 from pyflannel.control.network_config import NetworkConfig, parse_network_config_untrusted
@@ -165,8 +161,8 @@ class Daemon:
         netlink = node.netlink = await stack.enter_async_context(Netlink())
         overlays = self._overlays
         in_use = {} if predecessor is None else predecessor.handed.offloads
-        read = recent_snapshot_reader(etcd, options.etcd_prefix)
-        identity = await self._open(read, netlink, config, inherited, in_use)
+        recent = RecentSnapshot(etcd, options.etcd_prefix)
+        identity = await self._open(recent.read, netlink, config, inherited, in_use)
         if predecessor is None:
             await self._serve_control(path)
         keeper = node.keeper = LeaseKeeper(
@@ -181,7 +177,7 @@ class Daemon:
         if options.release_lease_on_exit:
             stack.push_async_callback(keeper.release)
         if predecessor is None:
-            lease = await keeper.acquire(read)
+            lease = await keeper.acquire(recent)
         else:
             lease = predecessor.lease(options.etcd_prefix, config)
             keeper.take_over(lease, predecessor.handed.expires_at)
@@ -193,7 +189,7 @@ class Daemon:
         await overlays.adopt(lease.subnet)
         sync = node.sync = RouteSync(etcd, options.etcd_prefix, table, overlays)
         async with overlays.writing_early():
-            await sync.first_snapshot(read)
+            await sync.first_snapshot(recent.read)
         await overlays.reconcile()
 
         async def move(public_ip: IPAddress) -> None:

@@ -62,6 +62,7 @@ class Readiness:
     def _tell_supervisor(self) -> None:
         """Tell what `systemctl status` shows; others' words must not begin a line of their own."""
         why = "; ".join(f"{name}: {sentence}" for name, sentence in self._reasons.items())
+        why = "".join(x if x.isprintable() else " " for x in why)  # it is shown on a terminal
         notify(f"STATUS={' '.join(why.split()) or 'ready'}")
 
 

@@ -185,6 +185,11 @@ class Overlay:
         return self._tun.offload | self._underlay.offload
 
     @property
+    def threads(self) -> int:
+        """How many packet threads are at work."""
+        return 0 if self._forwarder is None else self._forwarder.threads
+
+    @property
     def silence(self) -> float:
         """For how many seconds packets may have had no turn."""
         return 0.0 if self._forwarder is None else self._forwarder.silence

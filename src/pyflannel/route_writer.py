@@ -56,7 +56,7 @@ class RouteWriter:
     def change(self, changes: Mapping[IPNetwork, IPAddress | None]) -> None:
         """Have routes to subnets behind these underlay addresses, None where there shall be none.
 
-        `run` or `reconcile` writes them.
+        `run`, `writing_early` or `reconcile` writes them.
         """
         for subnet, underlay in changes.items():
             if underlay is None:
@@ -82,7 +82,10 @@ class RouteWriter:
         So the kernel's time for many routes and ours for as many leases pass together. Where the
         kernel has routes of ours already, only `reconcile` can tell which of them are right.
         """
-        if not await self._netlink.run(self._routes.may_write_ahead):
+        may_write = False
+        with contextlib.suppress(OSError):  # `reconcile` will say what is amiss
+            may_write = await self._netlink.run(self._routes.may_write_ahead)
+        if not may_write:
             yield
             return
         is_over = False
@@ -100,6 +103,7 @@ class RouteWriter:
             await writing
         finally:
             writing.cancel()
+            await asyncio.gather(writing, return_exceptions=True)
 
     async def _write(self, write: Callable[..., list[tuple[IPNetwork, int]]]) -> None:
         """Write what has changed."""

@@ -18,6 +18,7 @@ from pyflannel.dataplane.refusal import Refusal
 PEERS_SHOWN = 20
 RELOAD_SECONDS = 30.0
 ETCD_SECONDS = 10.0
+TRACE_SECONDS = 30.0
 
 Json = Mapping[str, Any]
 
@@ -47,7 +48,8 @@ def trace_main(argv: Sequence[str]) -> int:
     """Print what would become of a packet; 1 if it would not be sent into the overlay."""
     command = parse_command(argv, "trace")
     path = find_socket(command.options.control_dir, command.vni)
-    value = ask(path, "trace", address=command.words[0])
+    # It asks the kernel, behind what else is asked: among 10,000 peers that may take seconds.
+    value = ask(path, "trace", seconds=TRACE_SECONDS, address=command.words[0])
     _show(command, value, trace_lines)
     return 0 if value["sent"] else 1
 
@@ -139,7 +141,8 @@ def _device_rows(device: Json) -> list[tuple[str, str]]:
         over += f" (told as {device['public_ip']})"
     rows = [
         ("device", f"{device['name']}, MTU {device['mtu']}, over {over}"),
-        ("", f"offloads {device['offloads']}, workers {device['workers']}"),
+        ("", f"offloads {device['offloads']}"),
+        ("", f"workers {device['workers']}, packet threads at work {device['threads']}"),
         ("sent", _amount(device["encap_packets"], device["encap_bytes"])),
         ("received", _amount(device["decap_packets"], device["decap_bytes"])),
     ]

@@ -123,6 +123,7 @@ def _device(node: Node, overlay: Overlay) -> Json:
         "public_ip": str(underlying.public_ip),
         "offloads": str(overlay.offload),
         "workers": node.options.workers,
+        "threads": overlay.threads,
         **dataclasses.asdict(counters.traffic),
         "drops": {reason: count for reason, count in counters.drops.items() if count},
     }

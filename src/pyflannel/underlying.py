@@ -144,7 +144,7 @@ async def remove_idle_devices(
     """Delete what we left for a family that the network has no more, its routes with it.
 
     A TUN that a program holds stays, unless we inherited its queues. One that nobody holds is
-    persistent, or it were gone.
+    persistent, or it would be gone.
     """
     used = [subnets.network.version for subnets in config.ranges]
     for version in _DEVICE:

@@ -114,8 +114,9 @@ SUBCOMMANDS: tuple[Subcommand, ...] = (
         "",
         "what keeps this host from being a node, or a good one",
         "Looks at device file, capabilities, UDP port, leftover kernel devices, firewall, kernel "
-        "settings, etcd, configuration, clock, leases, the way to each peer and its VTEP; before "
-        "the daemon has ever started, too. Exit code 0: nothing found, 1: warnings, 2: a failure.",
+        "settings, etcd, configuration, clock, leases, the way to each peer and its VTEP, and a "
+        "daemon that runs; before it has ever started, too. Exit code 0: nothing found, "
+        "1: warnings, 2: a failure.",
         _ASK,
         takes_daemon_flags=True,
     ),

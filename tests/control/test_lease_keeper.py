@@ -12,10 +12,11 @@ from ipaddress import IPv4Address, IPv4Network
 
 import pytest
 
+from pyflannel.control import lease_list
 from pyflannel.control.etcd import Etcd
 from pyflannel.control.lease import LEASE_TTL_SECONDS, Lease, LeaseSubnet, lease_key
 from pyflannel.control.lease_keeper import CONFLICT, NO_LEASE, SUBNET_CHANGED, LeaseKeeper
-from pyflannel.control.lease_list import RECENT_SECONDS, recent_snapshot_reader
+from pyflannel.control.lease_list import RECENT_SECONDS, RecentSnapshot
 from pyflannel.control.lease_writer import OwnIdentity
 from pyflannel.control.network_config import NetworkConfig, parse_network_config_untrusted
 from pyflannel.control.own_lease import LeaseState
@@ -153,27 +154,31 @@ async def test_the_previous_subnet_is_asked_for_first(etcd: Etcd, prefix: str) -
 
 
 async def test_a_list_that_is_a_moment_old_costs_a_second_attempt_at_most(
-    etcd: Etcd, prefix: str
+    etcd: Etcd, prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(lease_list, "RECENT_SECONDS", 3600)
     network = config("10.5.0.0/24", 30)
-    read = recent_snapshot_reader(etcd, prefix)
-    before = await read()
+    recent = RecentSnapshot(etcd, prefix)
+    before = await recent.read()
     others = [Node(etcd, prefix, number, network=network) for number in range(1, 63)]
     await asyncio.gather(*(node.keeper.acquire() for node in others))
-    assert before is await read() and not before.kvs
-    lease = await Node(etcd, prefix, 63, network=network).keeper.acquire(read)
+    assert before is await recent.read() and not before.kvs
+    mine = Node(etcd, prefix, 63, network=network, previous="10.5.0.4/30")
+    lease = await asyncio.wait_for(mine.keeper.acquire(recent), 10)
     assert lease.subnet not in {node.keeper.own.subnet for node in others}
 
 
 async def test_a_list_is_given_again_for_a_second_only(etcd: Etcd, prefix: str) -> None:
-    read = recent_snapshot_reader(etcd, prefix)
-    before = await read()
+    recent = RecentSnapshot(etcd, prefix)
+    before = await recent.read()
+    began = time.monotonic()
     await put(etcd, f"{prefix}/subnets/10.5.9.0-24", OTHER)
-    asked_at, kvs = before.asked_at, before.kvs
-    while (found := await read()).asked_at == asked_at:
-        assert found.kvs == kvs and time.monotonic() - asked_at < RECENT_SECONDS + 1
+    while (found := await recent.read()) is before:
+        assert time.monotonic() - began < RECENT_SECONDS + 5
         await asyncio.sleep(0.01)
-    assert len(found.kvs) == 1 and found.asked_at - asked_at > RECENT_SECONDS
+    assert len(found.kvs) == 1 and found.asked_at - began > RECENT_SECONDS - 0.1
+    recent.forget()
+    assert await recent.read() is not found
 
 
 async def test_renewal_is_a_put_of_the_same_value_under_a_new_etcd_lease(

@@ -312,10 +312,11 @@ _VALUES = st.sampled_from(
 @given(
     entries=st.dictionaries(_KEYS, st.tuples(_VALUES, st.integers(1, 9))),
     part=st.integers(1, 3),
+    events=st.lists(st.tuples(_KEYS, _VALUES, st.booleans()), max_size=10),
 )
 @settings(deadline=None)
-def test_a_first_snapshot_in_parts_takes_no_route_back(
-    entries: dict[str, tuple[bytes, int]], part: int
+def test_a_first_snapshot_in_parts_takes_no_route_back_and_ends_as_a_whole_one(
+    entries: dict[str, tuple[bytes, int]], part: int, events: list[tuple[str, bytes, bool]]
 ) -> None:
     kvs = [kv(key, octets, created) for key, (octets, created) in entries.items()]
     table, whole = dual_table(), dual_table()
@@ -330,6 +331,14 @@ def test_a_first_snapshot_in_parts_takes_no_route_back(
     assert len(programmed) == len({route.subnet for route in programmed})
     assert set(programmed) == set(table.routes()) == set(whole.routes())
     assert (table.quarantined(), table.bad()) == (whole.quarantined(), whole.bad())
+    for revision, (key, octets, deleted) in enumerate(events, 10):
+        for one in (table, whole):
+            if deleted:
+                one.delete(SUBNETS + key.encode())
+            else:
+                one.put(kv(key, octets, revision))
+        assert set(table.routes()) == set(whole.routes())
+        assert table.quarantined() == whole.quarantined()
 
 
 @given(events=st.lists(st.tuples(_KEYS, _VALUES, st.booleans()), max_size=30))

@@ -133,7 +133,8 @@ def test_every_host_reaches_the_containers_from_its_device(made: Lab) -> None:
 def test_full_size_packet_passes_and_one_byte_more_does_not(made: Lab) -> None:
     for host, container in _containers(made)[:2]:
         target = container_address(made.hosts[2], 6)
-        assert ping(container, target, "-M", "do", "-s", "1382"), host.name
+        full = partial(ping, container, target, "-M", "do", "-s", "1382")
+        wait_until(full, f"a full-size ping from {host.name}", 5)
         assert not ping(container, target, "-M", "do", "-s", "1383", "-W", "0.2")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -36,7 +37,12 @@ class Kernel:
     def turn(self) -> bool:
         if self.work:
             done, work, args = self.work.pop(0)
-            done.set_result(work(*args))
+            if done.cancelled():
+                return True
+            try:
+                done.set_result(work(*args))
+            except OSError as error:
+                done.set_exception(error)
             return True
         return False
 
@@ -232,3 +238,40 @@ async def test_nothing_is_written_before_routes_of_an_earlier_run_were_looked_at
     node.look()
     await node.finish()
     assert node.kernel.routes == {SUBNETS[1]: HOSTS[1]}
+
+
+async def test_a_start_that_fails_leaves_nobody_writing() -> None:
+    node = Node()
+    before = asyncio.all_tasks()
+
+    async def start() -> None:
+        async with node.writer.writing_early():
+            node.change(SUBNETS[0], HOSTS[0])
+            await node.settle()
+            raise RuntimeError
+
+    starting = asyncio.ensure_future(start())
+    await node.finish()
+    with pytest.raises(RuntimeError):
+        await starting
+    assert asyncio.all_tasks() == before
+
+
+async def test_a_kernel_that_cannot_be_read_is_left_to_the_later_look(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    node = Node()
+
+    def fail() -> bool:
+        raise OSError(errno.ENODEV, "gone")
+
+    async def start() -> None:
+        async with node.writer.writing_early():
+            node.change(SUBNETS[0], HOSTS[0])
+            await node.settle()
+
+    monkeypatch.setattr(node.kernel, "may_write_ahead", fail)
+    starting = asyncio.ensure_future(start())
+    await node.finish()
+    await starting
+    assert node.kernel.routes == {}

@@ -126,6 +126,7 @@ def test_status(made: Lab) -> None:
     (device,) = found["devices"]
     assert (device["name"], device["mtu"], device["interface"]) == ("flannel.1", 1450, "eth0")
     assert device["encap_packets"] >= 1
+    assert (device["workers"], device["threads"]) in (("auto", 1), ("auto", 2))
     (peer,) = found["peers"]
     assert (peer["subnet"], peer["address"]) == (_subnet(h2), str(h2.address))
     assert peer["encap_packets"] >= 1

@@ -168,8 +168,9 @@ def _anybody_reads_subnet_env(node: Booted) -> bool:
 
 def _thread_schedules(node: Booted) -> set[tuple[int, int]]:
     """Return nice value and policy of each thread (proc(5))."""
-    task = f"/proc/{_main(node)}/task"
-    stats = [node.run("cat", f"{task}/{x}/stat") for x in node.run("ls", task).split()]
+    # A thread may end meanwhile.
+    read = f"cat /proc/{_main(node)}/task/*/stat 2>/dev/null; true"
+    stats = node.run("sh", "-c", read).splitlines()
     fields = [stat.rpartition(") ")[2].split() for stat in stats]
     return {(int(x[16]), int(x[38])) for x in fields}
 

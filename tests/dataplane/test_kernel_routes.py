@@ -15,6 +15,7 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_net
 
 import pytest
 
+from pyflannel.dataplane import kernel_routes
 from pyflannel.dataplane.host_change import RouteChanged
 from pyflannel.dataplane.host_events import parse_events
 from pyflannel.dataplane.kernel_routes import DirectRouting, PeerRoutes
@@ -95,6 +96,18 @@ def test_a_refused_route_is_told_by_errno_and_the_others_stand(host: Namespace) 
     assert write(host, [FIRST, OURS, SECOND]) == [(OURS, errno.EINVAL)]
     assert routes(host) == [route(FIRST), route(SECOND)]
     assert sync(host, [FIRST, OURS, SECOND]) == (1, 0, [(OURS, errno.EINVAL)])
+
+
+def test_every_refusal_is_told_in_whichever_batch_and_place(
+    host: Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernel_routes, "WRITES", 2)
+    refused = [OURS, *(ip_network(f"10.244.5.{n}/32") for n in (1, 2))]
+    for subnet in refused[1:]:
+        host.ip("addr", "add", str(subnet), "dev", DEVICE)
+    peers = [refused[0], FIRST, SECOND, refused[1], refused[2]]
+    assert write(host, peers) == [(subnet, errno.EINVAL) for subnet in refused]
+    assert routes(host) == [route(FIRST), route(SECOND)]
 
 
 def test_what_we_wrote_ourselves_is_no_event(host: Namespace) -> None:

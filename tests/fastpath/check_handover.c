@@ -160,11 +160,11 @@ static void check_adaptive(void)
 	HOLDS(fp_worker_start(host.worker, 2, true) == 0);
 	HOLDS(pthread_create(&thread, NULL, read_in_order, &reader) == 0);
 	for (int cycle = 0; cycle < CYCLES; cycle++) {
-		while (!host.worker->assisted)
+		while (fp_worker_threads(host.worker) != 2)
 			send_next(&host, &number);
 		for (int more = 0; more < MORE; more++)
 			send_next(&host, &number);
-		while (host.worker->assisted)
+		while (fp_worker_threads(host.worker) != 1)
 			usleep(1000);
 	}
 	for (uint32_t sent = number; reader.last <= sent;)
@@ -172,6 +172,7 @@ static void check_adaptive(void)
 	reader.ended = true;
 	pthread_join(thread, NULL);
 	HOLDS(fp_worker_stop(host.worker) == 0);
+	HOLDS(fp_worker_threads(host.worker) == 0);
 	close_host(&host);
 }
 
