@@ -193,7 +193,7 @@ def main() -> int:
     compile_tools()
     if given.output:
         given.output.mkdir(parents=True, exist_ok=True)
-    os.nice(-15)
+    os.nice(-10)
     if not wait_for_quiet(say):
         say("the machine did not become quiet; numbers below are disturbed")
     bench = Bench(given)

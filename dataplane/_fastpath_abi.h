@@ -107,7 +107,7 @@ struct fp_suspect {
 };
 
 /*
- * How threads are scheduled: as any other; first among these, in short slices; or before all of these,
+ * How threads are scheduled: as any other; some nice steps above the daemon; or before all others,
  * which leaves them what the kernel reserves.
  */
 enum fp_schedule { FP_SCHEDULE_NORMAL, FP_SCHEDULE_RAISED, FP_SCHEDULE_REALTIME };

@@ -59,7 +59,7 @@ class Schedule(Enum):
 
     NORMAL = lib.FP_SCHEDULE_NORMAL
     RAISED = lib.FP_SCHEDULE_RAISED
-    """Nice -20, in slices of 0.1 ms where the kernel has these (Linux 6.12)."""
+    """Some nice steps above the daemon; more for the second thread while several flows come in."""
     REALTIME = lib.FP_SCHEDULE_REALTIME
     """SCHED_RR; the others have what the kernel reserves for them, 5 % by default."""
 

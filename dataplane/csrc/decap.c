@@ -188,6 +188,10 @@ static void take_datagram(struct decap_side *side, const struct outer *outer, ui
 		if (decap.sender)
 			traffic_add(&decap.sender->traffic->drops, 1);
 	} else {
+		if (decap.flow.hash != side->last_flow) {
+			side->last_flow = decap.flow.hash;
+			side->mixed_ms = side->received_ms;
+		}
 		while (!gro_add(&side->gro, decap.packet, &decap.flow, hint, decap.sender))
 			write_held(side);
 	}

@@ -29,6 +29,8 @@ struct decap_side {
 	int tun_fd;
 	unsigned int slots; /* to receive into next time */
 	uint64_t received_ms; /* when the present batch came */
+	uint32_t last_flow; /* hash of the last packet's */
+	uint64_t mixed_ms; /* when a packet of another flow than the one before came last */
 	uint8_t *arena;
 	struct receive receive[RECEIVES];
 	struct mmsghdr message[RECEIVES];

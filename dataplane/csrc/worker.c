@@ -15,6 +15,10 @@
  * WINDOW_NS, and the second hands it back when both together had less to do for LULL_NS than one
  * thread can do.
  *
+ * A thread that is always sooner at a core than the load beside it works in small batches, which
+ * one flow alone pays for and nobody gains from. So the second thread is well raised only while
+ * several flows come in, and one of them may be waiting behind another's bulk.
+ *
  * A thread that has had packets goes on polling for `poll_us` before it sleeps: the next packet
  * then costs no wake-up.
  */
@@ -34,6 +38,8 @@
 #define BATCHES_PER_TURN 4
 #define NICE_MIN (-20)
 #define NICE_STEPS 3 /* twice the share of a process at the daemon's own nice value */
+#define MIXED_NICE_STEPS 8 /* six times the share */
+#define MIXED_MS 100 /* flows are mixed for so long after a packet of another one */
 #define WINDOW_NS (2 * 1000 * 1000)
 #define LULL_NS (20 * 1000 * 1000)
 #define LULL_MS 20
@@ -62,6 +68,8 @@ struct fp_worker {
 	_Atomic int error;
 	_Atomic int schedule_error;
 	int schedule;
+	int nice; /* of the daemon */
+	bool mixed; /* the second thread is raised for several flows */
 	uint64_t poll_ns;
 	bool adaptive;
 	_Atomic bool assisted; /* the second thread has the decap side */
@@ -96,6 +104,7 @@ struct fp_worker *fp_worker_new(struct fp_ctx *ctx, const struct fp_io *io)
 	worker->encap.epoll_fd = -1;
 	worker->poll_ns = (uint64_t)io->poll_us * 1000;
 	worker->schedule = io->schedule;
+	worker->nice = getpriority(PRIO_PROCESS, 0);
 	worker->receive_set = epoll_create1(EPOLL_CLOEXEC);
 	worker->stop_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	worker->error_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
@@ -213,25 +222,38 @@ static void fail(struct fp_worker *worker, int err)
 	eventfd_write(worker->error_fd, 1);
 }
 
-/*
- * Give the calling thread (that is what 0 means on Linux) the schedule of @worker; without the
- * right to it stays as it is. Raised is a little only: with more, or with shorter slices, it takes
- * the core from a local sender at each of its packets, and batches stay small.
- */
+/* Run the calling thread (that is what 0 means on Linux) so many nice steps above the daemon. */
+static int raise_by(const struct fp_worker *worker, int steps)
+{
+	int raised = worker->nice - steps;
+
+	return setpriority(PRIO_PROCESS, 0, raised < NICE_MIN ? NICE_MIN : raised);
+}
+
+/* Give the calling thread the schedule of @worker; without the right to it stays as it is. */
 static void schedule(struct fp_worker *worker)
 {
 	struct sched_param realtime = { .sched_priority = 1 };
 	int err = 0;
 
-	if (worker->schedule == FP_SCHEDULE_REALTIME) {
+	if (worker->schedule == FP_SCHEDULE_REALTIME)
 		err = sched_setscheduler(0, SCHED_RR, &realtime);
-	} else if (worker->schedule == FP_SCHEDULE_RAISED) {
-		int raised = getpriority(PRIO_PROCESS, 0) - NICE_STEPS;
-
-		err = setpriority(PRIO_PROCESS, 0, raised < NICE_MIN ? NICE_MIN : raised);
-	}
+	else if (worker->schedule == FP_SCHEDULE_RAISED)
+		err = raise_by(worker, NICE_STEPS);
 	if (err)
 		worker->schedule_error = errno;
+}
+
+/* Raise the calling thread, the second one, as the flows that came in ask for. */
+static void reschedule(struct fp_worker *worker)
+{
+	bool mixed = coarse_ms() - worker->decap.mixed_ms < MIXED_MS;
+
+	if (worker->schedule != FP_SCHEDULE_RAISED || mixed == worker->mixed)
+		return;
+	worker->mixed = mixed;
+	if (!worker->schedule_error)
+		raise_by(worker, mixed ? MIXED_NICE_STEPS : NICE_STEPS);
 }
 
 /**
@@ -373,8 +395,10 @@ static void *run_second(void *arg)
 
 		if (ready & READY_STOP)
 			return NULL;
-		if (ready & READY_RECEIVE)
+		if (ready & READY_RECEIVE) {
 			decap_turn(&worker->decap, BATCHES_PER_TURN);
+			reschedule(worker);
+		}
 		now = now_ns();
 		if (ready)
 			shift->last = now;

@@ -273,7 +273,7 @@ FLAGS: tuple[Flag, ...] = (
         "sched",
         _one_of("normal", "raised", "realtime"),
         "raised",
-        "priority of these threads: raised is 3 nice steps above the daemon, realtime SCHED_RR",
+        "priority of these threads: raised is 3 to 8 nice steps above ours, realtime SCHED_RR",
         _DATA,
     ),
     Flag(

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * The decap side changes hands between two threads: it must never be lost, be in both, or reorder a
- * flow, and the second thread must give it back when there is little to do.
+ * flow, and the second thread must give it back when there is little to do. It is raised while
+ * several flows come in.
  */
 #define _GNU_SOURCE
 #include "check.h"
@@ -10,6 +11,7 @@
 #include "worker.c"
 
 #include <arpa/inet.h>
+#include <dirent.h>
 #include <netinet/in.h>
 
 #define CHANGES 20000
@@ -25,7 +27,7 @@ struct host {
 	struct sockaddr_in address;
 };
 
-static void open_host(struct host *host)
+static void open_host(struct host *host, int schedule)
 {
 	socklen_t length = sizeof(host->address);
 	struct fp_config config = {
@@ -36,7 +38,7 @@ static void open_host(struct host *host)
 		.anti_spoofing = FP_SPOOF_OFF,
 		.inner_ipv4 = 1,
 	};
-	struct fp_io io = { .tun_count = 1, .send_count = 1 };
+	struct fp_io io = { .tun_count = 1, .send_count = 1, .schedule = schedule };
 
 	HOLDS(socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_NONBLOCK, 0, host->tun) == 0);
 	host->address = (struct sockaddr_in) { .sin_family = AF_INET };
@@ -86,7 +88,7 @@ static void check_changes(void)
 	struct host host;
 	pthread_t thread;
 
-	open_host(&host);
+	open_host(&host, FP_SCHEDULE_NORMAL);
 	HOLDS(pthread_create(&thread, NULL, hand_over_always, host.worker) == 0);
 	for (int changes = 0; changes < CHANGES;) {
 		if (!host.worker->assisted) {
@@ -127,12 +129,14 @@ static void *read_in_order(void *argument)
 	return NULL;
 }
 
-/* Send one packet more of the flow, as a peer does. */
-static void send_next(const struct host *host, uint32_t *number)
+/* Send one packet more of a flow, as a peer does. */
+static void send_one(const struct host *host, uint32_t *number, uint16_t port)
 {
-	struct spec spec = {
-		.udp = true, .source_node = 2, .destination_node = 1, .payload = PAYLOAD
-	};
+	struct spec spec = { .udp = true,
+			     .source_node = 2,
+			     .destination_node = 1,
+			     .source_port = port,
+			     .payload = PAYLOAD };
 	struct vxlan_push push = { .vxlan = vxlan_header_of(1),
 				   .eth = { .destination = { 2, 0, 0, 0, 0, 1 },
 					    .source = { 2, 0, 0, 0, 0, 2 },
@@ -148,6 +152,11 @@ static void send_next(const struct host *host, uint32_t *number)
 	       (const struct sockaddr *)&host->address, sizeof(host->address));
 }
 
+static void send_next(const struct host *host, uint32_t *number)
+{
+	send_one(host, number, 0);
+}
+
 /* Load calls the second thread in, silence sends it away, and no packet overtakes another. */
 static void check_adaptive(void)
 {
@@ -156,7 +165,7 @@ static void check_adaptive(void)
 	pthread_t thread;
 	uint32_t number = 0;
 
-	open_host(&host);
+	open_host(&host, FP_SCHEDULE_NORMAL);
 	HOLDS(fp_worker_start(host.worker, 2, true) == 0);
 	HOLDS(pthread_create(&thread, NULL, read_in_order, &reader) == 0);
 	for (int cycle = 0; cycle < CYCLES; cycle++) {
@@ -176,8 +185,59 @@ static void check_adaptive(void)
 	close_host(&host);
 }
 
+/* Return: the second thread's nice value, or less than any without one */
+static int nice_of_second(void)
+{
+	char path[300], name[16] = "";
+	DIR *tasks = opendir("/proc/self/task");
+	struct dirent *task;
+	int value = NICE_MIN - 1;
+
+	HOLDS(tasks);
+	while ((task = readdir(tasks))) {
+		FILE *comm;
+
+		snprintf(path, sizeof(path), "/proc/self/task/%s/comm", task->d_name);
+		comm = fopen(path, "r");
+		if (!comm)
+			continue;
+		if (fgets(name, sizeof(name), comm) && strcmp(name, "fp-decap\n") == 0)
+			value = getpriority(PRIO_PROCESS, (id_t)atoi(task->d_name));
+		fclose(comm);
+	}
+	closedir(tasks);
+	return value;
+}
+
+/* Several flows raise the second thread, one alone does not. */
+static void check_priority(void)
+{
+	struct host host;
+	uint32_t number = 0;
+	int own = getpriority(PRIO_PROCESS, 0);
+
+	HOLDS(own - MIXED_NICE_STEPS >= NICE_MIN);
+	open_host(&host, FP_SCHEDULE_RAISED);
+	HOLDS(fp_worker_start(host.worker, 2, false) == 0);
+	while (nice_of_second() != own - NICE_STEPS)
+		usleep(1000);
+	for (int cycle = 0; cycle < 2; cycle++) {
+		for (uint16_t port = 0; nice_of_second() != own - MIXED_NICE_STEPS; port ^= 1)
+			send_one(&host, &number, port);
+		while (nice_of_second() != own - NICE_STEPS)
+			send_next(&host, &number);
+		for (int more = 0; more < MORE; more++)
+			send_next(&host, &number);
+		HOLDS(nice_of_second() == own - NICE_STEPS);
+	}
+	HOLDS(fp_worker_stop(host.worker) == 0);
+	HOLDS(fp_worker_schedule_error(host.worker) == 0);
+	close_host(&host);
+}
+
 void check_handover(void)
 {
 	check_changes();
 	check_adaptive();
+	check_priority();
 }
