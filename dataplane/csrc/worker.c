@@ -69,7 +69,6 @@ struct fp_worker {
 	_Atomic int schedule_error;
 	int schedule;
 	int nice; /* of the daemon */
-	bool mixed; /* the second thread is raised for several flows */
 	uint64_t poll_ns;
 	bool adaptive;
 	_Atomic bool assisted; /* the second thread has the decap side */
@@ -244,16 +243,15 @@ static void schedule(struct fp_worker *worker)
 		worker->schedule_error = errno;
 }
 
-/* Raise the calling thread, the second one, as the flows that came in ask for. */
-static void reschedule(struct fp_worker *worker)
+/* Raise the second thread, which calls, as what came in asks for. Return: whether that is mixed */
+static bool reschedule(const struct fp_worker *worker, bool was_mixed)
 {
-	bool mixed = coarse_ms() - worker->decap.mixed_ms < MIXED_MS;
+	const struct decap_side *decap = &worker->decap;
+	bool mixed = decap->received_ms - decap->mixed_ms < MIXED_MS;
 
-	if (worker->schedule != FP_SCHEDULE_RAISED || mixed == worker->mixed)
-		return;
-	worker->mixed = mixed;
-	if (!worker->schedule_error)
+	if (mixed != was_mixed && worker->schedule == FP_SCHEDULE_RAISED && !worker->schedule_error)
 		raise_by(worker, mixed ? MIXED_NICE_STEPS : NICE_STEPS);
+	return mixed;
 }
 
 /**
@@ -385,6 +383,7 @@ static void *run_second(void *arg)
 	struct fp_worker *worker = arg;
 	struct shift *shift = &worker->shift[1];
 	uint64_t window = now_ns(), idle = 0;
+	bool mixed = false;
 
 	schedule(worker);
 	for (;;) {
@@ -397,7 +396,7 @@ static void *run_second(void *arg)
 			return NULL;
 		if (ready & READY_RECEIVE) {
 			decap_turn(&worker->decap, BATCHES_PER_TURN);
-			reschedule(worker);
+			mixed = reschedule(worker, mixed);
 		}
 		now = now_ns();
 		if (ready)
