@@ -120,7 +120,8 @@ struct fp_io {
 	size_t tun_count;
 	const int *tun;
 	int tun_write;
-	int receive;
+	size_t receive_count;
+	const int *receive;
 	size_t send_count;
 	const int *send;
 	int segment; /* sockets in `send` take UDP_SEGMENT */
@@ -150,7 +151,7 @@ struct fp_worker *fp_worker_new(struct fp_ctx *ctx, const struct fp_io *io);
 void fp_worker_free(struct fp_worker *worker);
 int fp_worker_fd(const struct fp_worker *worker);
 int fp_worker_turn(struct fp_worker *worker);
-int fp_worker_start(struct fp_worker *worker, int threads, int adaptive);
+int fp_worker_start(struct fp_worker *worker, int threads);
 int fp_worker_stop(struct fp_worker *worker);
 int fp_worker_error(const struct fp_worker *worker);
 int fp_worker_schedule_error(const struct fp_worker *worker);

@@ -12,7 +12,19 @@ from pathlib import Path
 from cffi import FFI
 
 FOLDER = "src/pyflannel/dataplane"
-C_FILES = ("check", "checksum", "decap", "encap", "fib", "flow", "gro", "gso", "send", "worker")
+C_FILES = (
+    "check",
+    "checksum",
+    "decap",
+    "encap",
+    "fib",
+    "flow",
+    "gro",
+    "gso",
+    "lane",
+    "send",
+    "worker",
+)
 
 ffibuilder = FFI()
 ffibuilder.cdef((Path(FOLDER) / "_fastpath_abi.h").read_text(encoding="ascii"))

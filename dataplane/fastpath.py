@@ -59,7 +59,7 @@ class Schedule(Enum):
 
     NORMAL = lib.FP_SCHEDULE_NORMAL
     RAISED = lib.FP_SCHEDULE_RAISED
-    """Some nice steps above the daemon; more for the second thread while several flows come in."""
+    """Some nice steps above the daemon; more for a thread in which several flows are mixed."""
     REALTIME = lib.FP_SCHEDULE_REALTIME
     """SCHED_RR; the others have what the kernel reserves for them, 5 % by default."""
 
@@ -73,7 +73,7 @@ class WorkerIo:
 
     tun: tuple[int, ...]
     tun_write: int
-    receive: int
+    receive: tuple[int, ...]
     send: tuple[int, ...]
     offload: Offload = NO_OFFLOAD
     poll_us: int = 0
@@ -363,10 +363,10 @@ class Context:
 
     def worker(self, io: WorkerIo) -> Worker:
         """Make a worker over non-blocking descriptors, which stay the caller's; OSError."""
-        tun, send = ffi.new("int[]", list(io.tun)), ffi.new("int[]", list(io.send))
+        tun, receive, send = (ffi.new("int[]", list(fds)) for fds in (io.tun, io.receive, io.send))
         raw = ffi.new("struct fp_io *")
         raw.tun_count, raw.tun, raw.tun_write = len(io.tun), tun, io.tun_write
-        raw.receive = io.receive
+        raw.receive_count, raw.receive = len(io.receive), receive
         raw.send_count, raw.send = len(io.send), send
         raw.segment = Offload.GSO in io.offload
         raw.coalesce_tcp = Offload.TSO in io.offload
@@ -408,9 +408,9 @@ class Worker:
             raise _ended(-packets)
         return packets
 
-    def start(self, threads: int, *, adaptive: bool) -> None:
-        """Let one or two threads do the turns; adaptive: the second one only under load."""
-        _check(lib.fp_worker_start(self._worker, threads, adaptive), "packet threads")
+    def start(self, threads: int) -> None:
+        """Let threads do the turns: 1, 2 (one for each direction) or 3 (two of them for bulk)."""
+        _check(lib.fp_worker_start(self._worker, threads), "packet threads")
 
     def check(self) -> None:
         """Raise the OSError with which a thread has ended: EBADFD, the TUN device is gone."""
@@ -425,7 +425,7 @@ class Worker:
 
     @property
     def threads(self) -> int:
-        """How many threads move packets now: 0 when `turn` does, of adaptive ones 2 under load."""
+        """How many threads move packets now: 0 when `turn` does; of three those that have work."""
         return int(lib.fp_worker_threads(self._worker))
 
     def silence(self) -> float:

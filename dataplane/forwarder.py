@@ -30,7 +30,10 @@ class Workers(Enum):
     TWO = "2"
     """A thread for each direction."""
     AUTO = "auto"
-    """A thread for both directions, and under load a second one."""
+    """A thread for both directions, and under load one more for the bulk of each."""
+
+
+THREADS = {Workers.ONE: 1, Workers.TWO: 2, Workers.AUTO: 3}
 
 
 class Forwarder:
@@ -70,8 +73,7 @@ class Forwarder:
         assert self._worker is None
         worker = self._context.worker(io)
         if self._workers is not Workers.LOOP:
-            threads = 1 if self._workers is Workers.ONE else 2
-            worker.start(threads, adaptive=self._workers is Workers.AUTO)
+            worker.start(THREADS[self._workers])
             asyncio.get_running_loop().call_later(SETTLED_SECONDS, self._check_schedule)
         self._worker = worker
         asyncio.get_running_loop().add_reader(worker.fileno(), self._on_readable)

@@ -20,7 +20,10 @@ from pyflannel.dataplane.offload import NO_OFFLOAD, Offload
 from pyflannel.dataplane.refusal import Refusal
 from pyflannel.dataplane.route import IPAddress
 
-_BUFFER_BYTES = 8 << 20
+_SEND_BUFFER_BYTES = 8 << 20
+_RECEIVE_SOCKETS = 32
+# Of each. With 4 MB the kernel takes up to 8 MB of memory for what is queued.
+_RECEIVE_BUFFER_BYTES = 4 << 20
 _HOPS = 64
 
 # asm-generic/socket.h
@@ -83,19 +86,20 @@ _FAMILIES = {
 
 
 class Underlay:
-    """One receive socket on the VXLAN port, several send sockets, and the instance lock.
+    """The sockets that receive on the VXLAN port, those that send, and the instance lock.
 
-    `is_adopted` tells whether the receive socket was inherited. All descriptors are of one address
-    family, non-blocking, and owned by this object.
+    What a peer sends from one port always comes by the same receive socket. `is_adopted` tells
+    whether those were inherited. All descriptors are of one address family, non-blocking, and owned
+    by this object.
     """
 
-    __slots__ = ("_closing", "_senders", "is_adopted", "lock_fd", "offload", "receive_fd")
+    __slots__ = ("_closing", "_senders", "is_adopted", "lock_fd", "offload", "receive_fds")
 
     def __init__(
         self,
         lock_fd: int,
-        receive_fd: int,
-        senders: _Senders,
+        receive_fds: tuple[int, ...],
+        senders: _Sockets,
         offload: Offload,
         closing: ExitStack,
         *,
@@ -103,7 +107,7 @@ class Underlay:
     ) -> None:
         self.is_adopted = is_adopted
         self.lock_fd = lock_fd
-        self.receive_fd = receive_fd
+        self.receive_fds = receive_fds
         self.offload = offload
         self._senders = senders
         self._closing = closing
@@ -134,29 +138,27 @@ class Underlay:
             family = _FAMILIES[address.version]
             old = _take(inherited or Inheritance(), port, address)
             lock = opened.enter_context(old.lock or _instance_lock(port, address.version))
-            receive = opened.enter_context(
-                old.receive or _receive_socket(family, port, vxlan_devices)
+            receivers = opened.enter_context(
+                old.receivers or _receive_sockets(family, port, vxlan_devices)
             )
             senders = opened.enter_context(
-                _Senders(old.senders)
-                if old.senders
-                else _Senders.open(interface_name, address, send_sockets)
+                old.senders or _send_sockets(interface_name, address, send_sockets)
             )
-            agreed = _agree(offload, Offload.GSO, senders.sockets[0], _UDP_SEGMENT, 0)
-            agreed |= _agree(offload, Offload.GRO, receive, _UDP_GRO, 1)
+            agreed = _agree(offload, Offload.GSO, senders.sockets[:1], _UDP_SEGMENT, 0)
+            agreed |= _agree(offload, Offload.GRO, receivers.sockets, _UDP_GRO, 1)
             return cls(
                 lock.fileno(),
-                receive.fileno(),
+                receivers.fds,
                 senders,
                 agreed,
                 opened.pop_all(),
-                is_adopted=old.receive is not None,
+                is_adopted=old.receivers is not None,
             )
 
     @property
     def send_fds(self) -> tuple[int, ...]:
         """The sockets to send from; others after `rebind`."""
-        return tuple(one.fileno() for one in self._senders.sockets)
+        return self._senders.fds
 
     def rebind(self, interface_name: str, address: IPAddress) -> AbstractContextManager[object]:
         """Send from another address; the sockets so far are closed when the result is left.
@@ -164,7 +166,7 @@ class Underlay:
         Refusal when that cannot be, and then everything stays.
         """
         old = self._senders
-        self._senders = _Senders.open(interface_name, address, len(old.sockets))
+        self._senders = _send_sockets(interface_name, address, len(old.sockets))
         self._closing.enter_context(self._senders)
         return old
 
@@ -173,24 +175,17 @@ class Underlay:
         self._closing.close()
 
 
-class _Senders:
-    """The sockets to send from; closed when it is left as a context."""
+class _Sockets:
+    """Sockets that are closed when it is left as a context."""
 
     def __init__(self, sockets: Sequence[socket.socket]) -> None:
         self.sockets = sockets
 
-    @classmethod
-    def open(cls, interface_name: str, address: IPAddress, count: int) -> _Senders:
-        family = _FAMILIES[address.version]
-        with ExitStack() as opened:
-            sockets = [
-                opened.enter_context(_send_socket(family, interface_name, address))
-                for _ in range(count)
-            ]
-            opened.pop_all()
-            return cls(sockets)
+    @property
+    def fds(self) -> tuple[int, ...]:
+        return tuple(one.fileno() for one in self.sockets)
 
-    def __enter__(self) -> _Senders:
+    def __enter__(self) -> _Sockets:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -201,8 +196,8 @@ class _Senders:
 @dataclass(frozen=True, slots=True)
 class _Taken:
     lock: socket.socket | None
-    receive: socket.socket | None
-    senders: Sequence[socket.socket]
+    receivers: _Sockets | None
+    senders: _Sockets | None
 
 
 def _take(inherited: Inheritance, port: int, address: IPAddress) -> _Taken:
@@ -210,9 +205,13 @@ def _take(inherited: Inheritance, port: int, address: IPAddress) -> _Taken:
     name = b"\0" + _lock_name(port, address.version).encode()
     family = _FAMILIES[address.version].number
     locks = inherited.take_sockets(socket.AF_UNIX, socket.SOCK_STREAM, lambda own: own == name)
-    receive = inherited.take_sockets(family, socket.SOCK_DGRAM, lambda own: own[1] == port)
+    receivers = inherited.take_sockets(family, socket.SOCK_DGRAM, lambda own: own[1] == port)
     senders = inherited.take_sockets(family, socket.SOCK_DGRAM, lambda own: own[0] == str(address))
-    return _Taken(next(iter(locks), None), next(iter(receive), None), senders)
+    return _Taken(
+        next(iter(locks), None),
+        _Sockets(receivers) if receivers else None,
+        _Sockets(senders) if senders else None,
+    )
 
 
 def _lock_name(port: int, version: int) -> str:
@@ -236,22 +235,56 @@ def _instance_lock(port: int, version: int) -> socket.socket:
     return lock
 
 
-def _receive_socket(family: _Family, port: int, vxlan_devices: Collection[str]) -> socket.socket:
+def _send_sockets(interface_name: str, address: IPAddress, count: int) -> _Sockets:
+    family = _FAMILIES[address.version]
+    with ExitStack() as opened:
+        sockets = [
+            opened.enter_context(_send_socket(family, interface_name, address))
+            for _ in range(count)
+        ]
+        opened.pop_all()
+        return _Sockets(sockets)
+
+
+def _receive_sockets(family: _Family, port: int, vxlan_devices: Collection[str]) -> _Sockets:
+    """Bind several sockets to one port; the kernel chooses by the sender's address and port.
+
+    It must not choose by the inner flow: UDP_GRO joins datagrams of several, and they go where the
+    first one does. The first socket is bound without SO_REUSEPORT, so that another program's port
+    is never shared.
+    """
+    with ExitStack() as opened:
+        first = opened.enter_context(_receive_socket(family))
+        try:
+            first.bind(("", port))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise _port_taken(family, port, vxlan_devices) from None
+            if error.errno == errno.EACCES:
+                raise Refusal(
+                    f"binding UDP port {port} is not permitted: run as root or with "
+                    "CAP_NET_BIND_SERVICE"
+                ) from None
+            raise
+        first.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        sockets = [first]
+        while len(sockets) < _RECEIVE_SOCKETS:
+            one = opened.enter_context(_receive_socket(family))
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            one.bind(("", port))
+            sockets.append(one)
+        opened.pop_all()
+        return _Sockets(sockets)
+
+
+def _receive_socket(family: _Family) -> socket.socket:
     receive = _udp_socket(family)
     try:
         for option in family.receive:
             receive.setsockopt(*option)
-        _set_buffer(receive, _SO_RCVBUFFORCE, socket.SO_RCVBUF)
-        receive.bind(("", port))
-    except OSError as error:
+        _set_buffer(receive, _SO_RCVBUFFORCE, socket.SO_RCVBUF, _RECEIVE_BUFFER_BYTES)
+    except OSError:
         receive.close()
-        if error.errno == errno.EADDRINUSE:
-            raise _port_taken(family, port, vxlan_devices) from None
-        if error.errno == errno.EACCES:
-            raise Refusal(
-                f"binding UDP port {port} is not permitted: run as root or with "
-                "CAP_NET_BIND_SERVICE"
-            ) from None
         raise
     return receive
 
@@ -264,7 +297,7 @@ def _send_socket(family: _Family, interface_name: str, address: IPAddress) -> so
         send.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, interface_name.encode())
         for option in family.send:
             send.setsockopt(*option)
-        _set_buffer(send, _SO_SNDBUFFORCE, socket.SO_SNDBUF)
+        _set_buffer(send, _SO_SNDBUFFORCE, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
         send.bind((str(address), 0))
     except OSError as error:
         send.close()
@@ -287,13 +320,14 @@ def _send_socket(family: _Family, interface_name: str, address: IPAddress) -> so
 
 
 def _agree(
-    wanted: Offload | None, one: Offload, udp: socket.socket, option: int, value: int
+    wanted: Offload | None, one: Offload, sockets: Sequence[socket.socket], option: int, value: int
 ) -> Offload:
-    """Set a socket option if its offload is wanted; what is in use then."""
+    """Set an option of sockets if its offload is wanted; what is in use then."""
     if wanted is not None and one not in wanted:
         return NO_OFFLOAD
     try:
-        udp.setsockopt(socket.IPPROTO_UDP, option, value)
+        for udp in sockets:
+            udp.setsockopt(socket.IPPROTO_UDP, option, value)
     except OSError as error:
         if error.errno != errno.ENOPROTOOPT:
             raise
@@ -316,11 +350,11 @@ def _udp_socket(family: _Family) -> socket.socket:
         ) from None
 
 
-def _set_buffer(udp: socket.socket, forced: int, limited: int) -> None:
+def _set_buffer(udp: socket.socket, forced: int, limited: int, size: int) -> None:
     try:
-        udp.setsockopt(socket.SOL_SOCKET, forced, _BUFFER_BYTES)
+        udp.setsockopt(socket.SOL_SOCKET, forced, size)
     except PermissionError:
-        udp.setsockopt(socket.SOL_SOCKET, limited, _BUFFER_BYTES)
+        udp.setsockopt(socket.SOL_SOCKET, limited, size)
 
 
 def _drop_all_received(udp: socket.socket) -> None:

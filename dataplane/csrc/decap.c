@@ -176,8 +176,8 @@ static void write_held(struct decap_side *side)
 }
 
 /* Check one datagram and hold its packet. */
-static void take_datagram(struct decap_side *side, const struct outer *outer, uint8_t *datagram,
-			  size_t length, size_t hint)
+static void take_datagram(struct decap_side *side, struct receive_socket *socket,
+			  const struct outer *outer, uint8_t *datagram, size_t length, size_t hint)
 {
 	struct decap decap;
 
@@ -188,8 +188,8 @@ static void take_datagram(struct decap_side *side, const struct outer *outer, ui
 		if (decap.sender)
 			traffic_add(&decap.sender->traffic->drops, 1);
 	} else {
-		if (decap.flow.hash != side->last_flow) {
-			side->last_flow = decap.flow.hash;
+		if (decap.flow.hash != socket->last_flow) {
+			socket->last_flow = decap.flow.hash;
 			side->mixed_ms = side->received_ms;
 		}
 		while (!gro_add(&side->gro, decap.packet, &decap.flow, hint, decap.sender))
@@ -230,12 +230,15 @@ static void make_room(struct receive *receive, struct msghdr *header)
 	header->msg_controllen = sizeof(receive->control);
 }
 
-static void take_message(struct decap_side *side, struct receive *receive, struct mmsghdr *message)
+/* Return: its datagrams */
+static int take_message(struct decap_side *side, struct receive_socket *socket,
+			struct receive *receive, struct mmsghdr *message)
 {
 	struct outer outer = outer_of(receive, &message->msg_hdr);
 	uint8_t *datagram = receive->iov.iov_base;
 	size_t left = message->msg_len;
 	size_t hint = 0, size = left;
+	int datagrams = 0;
 
 	if (outer.segment && outer.segment < left) {
 		if (is_super_packet(datagram, left, outer.segment))
@@ -246,18 +249,20 @@ static void take_message(struct decap_side *side, struct receive *receive, struc
 	do {
 		size_t length = left < size ? left : size;
 
-		take_datagram(side, &outer, datagram, length, hint);
+		take_datagram(side, socket, &outer, datagram, length, hint);
+		datagrams++;
 		datagram += length;
 		left -= length;
 	} while (left);
 	make_room(receive, &message->msg_hdr);
+	return datagrams;
 }
 
-/* Move what one recvmmsg() brings. Return: datagrams, 0 when there is none */
-static int decap_batch(struct decap_side *side)
+/* Move what one recvmmsg() brings. Return: messages, 0 when there is none */
+static int decap_batch(struct decap_side *side, struct receive_socket *socket, int *datagrams)
 {
 	size_t bytes = 0;
-	int received = recvmmsg(side->receive_fd, side->message, side->slots, MSG_DONTWAIT, NULL);
+	int received = recvmmsg(socket->fd, side->message, socket->slots, MSG_DONTWAIT, NULL);
 
 	if (received <= 0)
 		return 0;
@@ -265,36 +270,42 @@ static int decap_batch(struct decap_side *side)
 	count_up(&side->counters.receives, (uint64_t)received);
 	for (int i = 0; i < received; i++) {
 		bytes += side->message[i].msg_len;
-		take_message(side, &side->receive[i], &side->message[i]);
+		*datagrams += take_message(side, socket, &side->receive[i], &side->message[i]);
 	}
 	write_held(side);
-	side->slots = bytes / (size_t)received > LARGE_MESSAGE ? SLOTS_MIN : RECEIVES;
+	socket->slots = bytes / (size_t)received > LARGE_MESSAGE ? SLOTS_MIN : RECEIVES;
 	return received;
 }
 
 /**
- * decap_turn() - Move what has come, without blocking
+ * decap_turn() - Move what has come by a socket, without blocking
  * @side:    Side that no other thread is in
+ * @socket:  Socket that no other side reads
  * @batches: At most so many
  *
- * Return: messages received
+ * Return: datagrams
  */
-int decap_turn(struct decap_side *side, unsigned int batches)
+int decap_turn(struct decap_side *side, struct receive_socket *socket, unsigned int batches)
 {
-	int messages = 0;
+	int datagrams = 0;
 
 	fib_enter(side->ctx->fib, &side->reader);
 	side->cache = (struct sender_cache) { 0 };
 	while (batches--) {
-		unsigned int slots = side->slots;
-		int received = decap_batch(side);
+		unsigned int slots = socket->slots;
+		int received = decap_batch(side, socket, &datagrams);
 
-		messages += received;
 		if ((unsigned int)received < slots)
 			break;
 	}
 	fib_leave(&side->reader);
-	return messages;
+	return datagrams;
+}
+
+/** receive_socket_init() - Make a socket ready for decap_turn(); @fd stays the caller's */
+void receive_socket_init(struct receive_socket *socket, int fd)
+{
+	*socket = (struct receive_socket) { .fd = fd, .slots = RECEIVES };
 }
 
 /**
@@ -305,9 +316,7 @@ int decap_turn(struct decap_side *side, unsigned int batches)
 int decap_open(struct decap_side *side, struct fp_ctx *ctx, const struct fp_io *io)
 {
 	side->ctx = ctx;
-	side->receive_fd = io->receive;
 	side->tun_fd = io->tun_write;
-	side->slots = RECEIVES;
 	side->gro.tcp = io->coalesce_tcp;
 	side->gro.udp = io->coalesce_udp;
 	gro_start(&side->gro);

@@ -20,17 +20,21 @@ struct receive {
 	} control;
 };
 
+/* A socket that datagrams come in by. */
+struct receive_socket {
+	int fd;
+	unsigned int slots; /* to receive into next time */
+	uint32_t last_flow; /* hash of the last packet's */
+};
+
 /* The way from the wire to the TUN. One thread at a time is in it. */
 struct decap_side {
 	struct fp_ctx *ctx;
 	struct fib_reader reader;
 	bool registered; /* as a reader */
-	int receive_fd;
 	int tun_fd;
-	unsigned int slots; /* to receive into next time */
 	uint64_t received_ms; /* when the present batch came */
-	uint32_t last_flow; /* hash of the last packet's */
-	uint64_t mixed_ms; /* when a packet of another flow than the one before came last */
+	uint64_t mixed_ms; /* when two flows in a row came by one socket last */
 	uint8_t *arena;
 	struct receive receive[RECEIVES];
 	struct mmsghdr message[RECEIVES];
@@ -43,7 +47,8 @@ struct decap_side {
 
 int decap_open(struct decap_side *side, struct fp_ctx *ctx, const struct fp_io *io);
 void decap_close(struct decap_side *side);
-int decap_turn(struct decap_side *side, unsigned int batches);
+int decap_turn(struct decap_side *side, struct receive_socket *socket, unsigned int batches);
+void receive_socket_init(struct receive_socket *socket, int fd);
 size_t decap_take_suspects(struct decap_side *side, struct fp_suspect *into, size_t capacity);
 
 #endif

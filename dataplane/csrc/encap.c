@@ -25,7 +25,6 @@
 #include <errno.h>
 #include <math.h>
 #include <stdlib.h>
-#include <sys/epoll.h>
 #include <sys/mman.h>
 #include <sys/uio.h>
 #include <unistd.h>
@@ -225,31 +224,16 @@ static void note_standing(struct tun_queue *queue, bool empty, uint64_t now)
 	}
 }
 
-/* Nothing can be read while a socket waits: the queues must not keep the epoll set ready. */
-static void watch_queues(struct encap_side *side)
-{
-	bool mute = side->sender.blocked;
-
-	for (unsigned int i = 0; i < side->queues && side->muted != mute; i++) {
-		struct epoll_event event = { .events = mute ? 0 : EPOLLIN, .data.u64 = i };
-
-		epoll_ctl(side->epoll_fd, EPOLL_CTL_MOD, side->queue[i].fd, &event);
-	}
-	side->muted = mute;
-}
-
-static void flush_socket(struct encap_side *side, uint64_t key)
-{
-	sender_flush_socket(&side->sender, (unsigned int)(key - ENCAP_KEY_SOCKET));
-	watch_queues(side);
-}
-
-/* Send all of the batch. Return: whether everything is out */
-static bool flush(struct encap_side *side)
+/**
+ * encap_flush() - Send all that is held, as far as the sockets have room
+ * @side: Side that no other thread is in
+ *
+ * Return: whether everything is out
+ */
+bool encap_flush(struct encap_side *side)
 {
 	bool sent = sender_flush(&side->sender);
 
-	watch_queues(side);
 	if (sent)
 		side->used = 0;
 	return sent;
@@ -261,8 +245,7 @@ static int encap_batch(struct encap_side *side, struct tun_queue *queue)
 	size_t packets = 0;
 	ssize_t got = 0;
 
-	queue->served = ++side->batches;
-	side->now = now_ns();
+	side->now = queue->served = now_ns();
 	fib_enter(side->ctx->fib, &side->reader);
 	for (unsigned int i = 0; i < READS_PER_BATCH && side->used < BATCH_BYTES &&
 				 side->sender.sends <= SENDS - SENDS_PER_READ;
@@ -272,94 +255,50 @@ static int encap_batch(struct encap_side *side, struct tun_queue *queue)
 			break;
 	}
 	note_standing(queue, got == 0, side->now);
-	if (!flush(side))
+	if (!encap_flush(side))
 		sender_forget_peers(&side->sender);
 	fib_leave(&side->reader);
 	return got < 0 && !packets ? (int)got : (int)packets;
 }
 
 /**
- * encap_wait() - Wait until a turn has work
- * @side:       Side that no other thread is in
- * @timeout_ms: As for epoll_wait()
- *
- * Return: READY_... of what the worker has to look at, 0 for nothing, or -EBADFD when the TUN
- * device is gone
- */
-int encap_wait(struct encap_side *side, int timeout_ms)
-{
-	struct epoll_event event[ENCAP_KEYS];
-	int count = epoll_wait(side->epoll_fd, event, ENCAP_KEYS, timeout_ms);
-	int ready = 0;
-
-	side->next = NULL;
-	for (int i = 0; i < count; i++) {
-		uint64_t key = event[i].data.u64;
-
-		if (key == ENCAP_KEY_STOP) {
-			ready |= READY_STOP;
-		} else if (key == ENCAP_KEY_RECEIVE) {
-			ready |= READY_RECEIVE;
-		} else if (key >= ENCAP_KEY_SOCKET) {
-			flush_socket(side, key);
-			ready |= READY_ENCAP;
-		} else {
-			/* tun_chr_poll() reports an error only when the device is gone. */
-			if (event[i].events & EPOLLERR)
-				return -EBADFD;
-			if (!side->next || side->queue[key].served < side->next->served)
-				side->next = &side->queue[key];
-			ready |= READY_ENCAP;
-		}
-	}
-	return ready;
-}
-
-/**
- * encap_turn() - Move a batch of the queue that encap_wait() found, without blocking
+ * encap_turn() - Move a batch of a queue, without blocking
  * @side: Side that no other thread is in
  *
  * Return: packets moved, or -EBADFD when the TUN device is gone
  */
-int encap_turn(struct encap_side *side)
+int encap_turn(struct encap_side *side, struct tun_queue *queue)
 {
-	if (side->sender.blocked || (side->sender.sends && !flush(side)) || !side->next)
+	if (side->sender.blocked || (side->sender.sends && !encap_flush(side)))
 		return 0;
-	return encap_batch(side, side->next);
+	return encap_batch(side, queue);
 }
 
 /**
  * encap_open() - Make the side; on failure encap_close() is still to be called
+ * @side:     Zeroed
+ * @ctx:      Context, which must outlive the side
+ * @io:       Sockets to send from and their offloads
+ * @epoll_fd: Where those without room wait for it
+ * @key:      Their key there
  *
  * Return: 0, or an errno
  */
-int encap_open(struct encap_side *side, struct fp_ctx *ctx, const struct fp_io *io)
+int encap_open(struct encap_side *side, struct fp_ctx *ctx, const struct fp_io *io, int epoll_fd,
+	       uint64_t key)
 {
 	int err;
 
-	if (io->tun_count < 1 || io->tun_count > TUN_QUEUES_MAX)
-		return EINVAL;
 	side->ctx = ctx;
-	side->queues = (unsigned int)io->tun_count;
 	side->arena =
 		mmap(NULL, ARENA_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	if (side->arena == MAP_FAILED) {
 		side->arena = NULL;
 		return ENOMEM;
 	}
-	side->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
-	if (side->epoll_fd < 0)
-		return errno;
-	err = sender_open(&side->sender, io, side->epoll_fd, ENCAP_KEY_SOCKET, &side->counters);
+	err = sender_open(&side->sender, io, epoll_fd, key, &side->counters);
 	if (err)
 		return err;
-	for (unsigned int i = 0; i < side->queues; i++) {
-		struct epoll_event event = { .events = EPOLLIN, .data.u64 = i };
-
-		side->queue[i].fd = io->tun[i];
-		if (epoll_ctl(side->epoll_fd, EPOLL_CTL_ADD, io->tun[i], &event))
-			return errno;
-	}
 	fib_reader_add(ctx->fib, &side->reader);
 	side->registered = true;
 	return 0;
@@ -370,8 +309,6 @@ void encap_close(struct encap_side *side)
 {
 	if (side->registered)
 		fib_reader_remove(side->ctx->fib, &side->reader);
-	if (side->epoll_fd >= 0)
-		close(side->epoll_fd);
 	if (side->arena)
 		munmap(side->arena, ARENA_BYTES);
 }
@@ -383,18 +320,6 @@ void encap_close(struct encap_side *side)
  */
 void encap_drain(struct encap_side *side, int timeout_ms)
 {
-	while (side->sender.blocked) {
-		struct epoll_event event[SEND_SOCKETS_MAX];
-		int ready = epoll_wait(side->epoll_fd, event, SEND_SOCKETS_MAX, timeout_ms);
-
-		if (ready <= 0)
-			return;
-		for (int i = 0; i < ready; i++) {
-			if (event[i].data.u64 < ENCAP_KEY_SOCKET ||
-			    event[i].data.u64 >= ENCAP_KEY_STOP)
-				return;
-			flush_socket(side, event[i].data.u64);
-		}
-	}
-	flush(side);
+	while (!encap_flush(side) && sender_wait(&side->sender, timeout_ms))
+		;
 }

@@ -15,6 +15,7 @@
 #include <errno.h>
 #include <netinet/in.h>
 #include <netinet/udp.h>
+#include <poll.h>
 #include <sys/epoll.h>
 
 #define MESSAGES 128
@@ -65,7 +66,7 @@ static socklen_t underlay_sockaddr(const struct fib_entry *peer, struct sockaddr
 static void set_blocked(struct sender *sender, unsigned int index, bool blocked)
 {
 	struct send_socket *socket = &sender->socket[index];
-	struct epoll_event event = { .events = EPOLLOUT, .data.u64 = sender->first_key + index };
+	struct epoll_event event = { .events = EPOLLOUT, .data.u64 = sender->key };
 
 	if (socket->blocked == blocked)
 		return;
@@ -220,12 +221,8 @@ static void refused(struct sender *sender, struct send_socket *socket, int err)
 	count_up(&sender->counters->drops[send_drop(err)], advance(sender, socket));
 }
 
-/**
- * sender_flush_socket() - Send what a socket has, until it is through or has no room
- * @sender: Sender that no other thread is in
- * @index:  Of the socket
- */
-void sender_flush_socket(struct sender *sender, unsigned int index)
+/* Send what a socket has, until it is through or has no room. */
+static void flush_socket(struct sender *sender, unsigned int index)
 {
 	struct send_socket *socket = &sender->socket[index];
 	struct fp_traffic *total = &sender->counters->traffic;
@@ -270,7 +267,7 @@ bool sender_flush(struct sender *sender)
 {
 	for (unsigned int i = 0; i < sender->sockets; i++) {
 		if (sender->socket[i].first >= 0)
-			sender_flush_socket(sender, i);
+			flush_socket(sender, i);
 	}
 	if (sender->blocked)
 		return false;
@@ -388,6 +385,19 @@ void sender_add(struct sender *sender, const struct encap *encap, uint8_t *start
 	}
 }
 
+/** sender_wait() - Wait until a socket that was full has room. Return: whether one has */
+bool sender_wait(const struct sender *sender, int timeout_ms)
+{
+	struct pollfd full[SEND_SOCKETS_MAX];
+	nfds_t count = 0;
+
+	for (unsigned int i = 0; i < sender->sockets; i++) {
+		if (sender->socket[i].blocked)
+			full[count++] = (struct pollfd) { sender->socket[i].fd, POLLOUT, 0 };
+	}
+	return poll(full, count, timeout_ms) > 0;
+}
+
 /** sender_forget_peers() - Let the FIB section end while messages wait for room */
 void sender_forget_peers(struct sender *sender)
 {
@@ -400,19 +410,19 @@ void sender_forget_peers(struct sender *sender)
  * @sender:    Zeroed
  * @io:        Sockets, and whether they segment
  * @epoll_fd:  Where sockets without room wait for it
- * @first_key: Key of the first socket there; the others follow
+ * @key:       Their key there
  * @counters:  To count into
  *
  * Return: 0, or EINVAL for a wrong number of sockets
  */
-int sender_open(struct sender *sender, const struct fp_io *io, int epoll_fd, uint64_t first_key,
+int sender_open(struct sender *sender, const struct fp_io *io, int epoll_fd, uint64_t key,
 		struct fp_counters *counters)
 {
 	if (io->send_count < 1 || io->send_count > SEND_SOCKETS_MAX)
 		return EINVAL;
 	sender->counters = counters;
 	sender->epoll_fd = epoll_fd;
-	sender->first_key = first_key;
+	sender->key = key;
 	sender->segment = io->segment;
 	sender->sockets = (unsigned int)io->send_count;
 	for (unsigned int i = 0; i < sender->sockets; i++)

@@ -47,7 +47,7 @@ struct send_socket {
 struct sender {
 	struct fp_counters *counters;
 	int epoll_fd;
-	uint64_t first_key; /* of the first socket in @epoll_fd */
+	uint64_t key; /* of full sockets in @epoll_fd */
 	unsigned int sockets;
 	struct send_socket socket[SEND_SOCKETS_MAX];
 	unsigned int blocked; /* sockets that wait for room */
@@ -57,12 +57,12 @@ struct sender {
 	struct send send[SENDS];
 };
 
-int sender_open(struct sender *sender, const struct fp_io *io, int epoll_fd, uint64_t first_key,
+int sender_open(struct sender *sender, const struct fp_io *io, int epoll_fd, uint64_t key,
 		struct fp_counters *counters);
 void sender_add(struct sender *sender, const struct encap *encap, uint8_t *start, size_t datagrams,
 		size_t length, size_t size);
 bool sender_flush(struct sender *sender);
-void sender_flush_socket(struct sender *sender, unsigned int index);
+bool sender_wait(const struct sender *sender, int timeout_ms);
 void sender_forget_peers(struct sender *sender);
 
 #endif

@@ -2,22 +2,26 @@
 /*
  * DOC: Who moves packets, and when
  *
- * A worker has two sides, TUN to wire (csrc/encap.c) and wire to TUN (csrc/decap.c). They are
- * turned in one of three ways:
+ * A worker has three lanes (csrc/lane.c). Its sources, TUN queues and receive sockets, are in the
+ * first, and that is turned
  *
  *  - by the caller's event loop: fp_worker_fd() is readable when fp_worker_turn() has work;
- *  - by one thread for both, which saves wake-ups while there is little to do;
- *  - by two threads, one for each side, which is faster under load.
+ *  - or by a thread of its own.
  *
- * Who turns the decap side has the receive socket in its epoll set, and it is in one set at a time.
- * So one thread at a time is in a side, and no flow is reordered when a side changes hands. In
- * adaptive mode the first thread hands the socket over when it has slept for less than an eighth of
- * WINDOW_NS, and the second hands it back when both together had less to do for LULL_NS than one
- * thread can do.
+ * With two threads the second has all receive sockets for good, in the third lane. With three, the
+ * sources that carry the bulk are given away while they do: TUN queues to the second lane, receive
+ * sockets to the third, a thread each. What is left in the first is little, so its thread has used
+ * less than its share of the cores and runs as soon as a packet comes: a ping waits for no bulk
+ * transfer, unless both are in one queue or socket. While there is little to do at all, one thread
+ * does it, which saves wake-ups.
+ *
+ * The first thread gives away the source with most packets when it has slept for less than half of
+ * WINDOW_NS; the others give back what had few in CALM_NS.
  *
  * A thread that is always sooner at a core than the load beside it works in small batches, which
- * one flow alone pays for and nobody gains from. So the second thread is well raised only while
- * several flows come in, and one of them may be waiting behind another's bulk.
+ * one flow alone pays for and nobody gains from. So two threads are well raised, and only while
+ * several flows are mixed: the first one when it has several, and the one that receives bulk when
+ * they come by one socket, as one of them may be waiting behind the other's bulk.
  *
  * A thread that has had packets goes on polling for `poll_us` before it sleeps: the next packet
  * then costs no wake-up.
@@ -32,37 +36,39 @@
 #include <sys/resource.h>
 #include <unistd.h>
 
-#include "decap.h"
-#include "encap.h"
+#include "lane.h"
 
 #define BATCHES_PER_TURN 4
 #define NICE_MIN (-20)
 #define NICE_STEPS 3 /* twice the share of a process at the daemon's own nice value */
 #define MIXED_NICE_STEPS 8 /* six times the share */
-#define MIXED_MS 100 /* flows are mixed for so long after a packet of another one */
+#define MIXED_MS 100 /* flows are mixed for so long after they were seen to be */
 #define WINDOW_NS (2 * 1000 * 1000)
-#define LULL_NS (20 * 1000 * 1000)
-#define LULL_MS 20
+#define CALM_NS (20 * 1000 * 1000)
+#define CALM_MS 20
+#define CALM_PACKETS 64
 #define BEAT_MS 1000 /* a thread turns at least so often, to show that it can */
 /* A full send buffer empties at the speed of the network card. */
 #define DRAIN_MS 100
 
-/* Keys of the second thread's epoll set. */
-enum { KEY_RECEIVE, KEY_STOP };
+/* What each lane has, beside one for all. */
+enum { FIRST, BULK_ENCAP, BULK_DECAP, LANES };
 
-/* A thread at work. */
+/* A thread at work in a lane. */
 struct shift {
+	struct fp_worker *worker;
+	struct lane *lane;
 	pthread_t thread;
 	uint64_t last; /* when it moved packets; ns */
+	uint64_t idle; /* ns in waits, since it began */
+	uint64_t mixed_ms; /* when flows were last seen to be mixed */
+	bool is_mixed; /* and it is raised for that */
 	_Atomic uint64_t turned_ms; /* when its present turn began */
-	_Atomic uint64_t idle_ns; /* in waits that are over */
-	_Atomic uint64_t waiting_since; /* ns; 0: it does not wait */
 };
 
 struct fp_worker {
 	struct fp_ctx *ctx;
 	struct fp_worker *next;
-	int receive_set; /* epoll set of the second thread */
 	int stop_fd; /* readable once threads are to end */
 	int error_fd; /* readable once a thread has ended with an error */
 	_Atomic int error;
@@ -70,19 +76,50 @@ struct fp_worker {
 	int schedule;
 	int nice; /* of the daemon */
 	uint64_t poll_ns;
-	bool adaptive;
-	_Atomic bool assisted; /* the second thread has the decap side */
-	unsigned int threads;
-	struct shift shift[2];
-	struct encap_side encap;
-	struct decap_side decap;
+	int threads; /* that it is to have */
+	unsigned int started;
+	struct shift shift[LANES];
+	struct lane lane[LANES];
+	unsigned int sources;
+	struct source source[SOURCES_MAX];
+	struct tun_queue queue[TUN_QUEUES_MAX];
+	struct receive_socket socket[RECEIVE_SOCKETS_MAX];
 };
 
-static int watch(int epoll_fd, int operation, int fd, uint64_t key)
+/* Put every source into the first lane. Return: 0, or an errno */
+static int add_sources(struct fp_worker *worker, const struct fp_io *io)
 {
-	struct epoll_event event = { .events = EPOLLIN, .data.u64 = key };
+	int err = 0;
 
-	return epoll_ctl(epoll_fd, operation, fd, &event);
+	for (unsigned int i = 0; i < worker->sources && !err; i++) {
+		struct source *source = &worker->source[i];
+
+		source->number = i;
+		if (i < io->tun_count) {
+			source->fd = io->tun[i];
+			source->queue = &worker->queue[i];
+			source->queue->fd = source->fd;
+		} else {
+			source->fd = io->receive[i - io->tun_count];
+			source->socket = &worker->socket[i - io->tun_count];
+			receive_socket_init(source->socket, source->fd);
+		}
+		err = lane_add(&worker->lane[FIRST], source);
+	}
+	return err;
+}
+
+static int open_lanes(struct fp_worker *worker, const struct fp_io *io)
+{
+	int err = 0;
+
+	if (io->tun_count < 1 || io->tun_count > TUN_QUEUES_MAX || io->receive_count < 1 ||
+	    io->receive_count > RECEIVE_SOCKETS_MAX)
+		return EINVAL;
+	worker->sources = (unsigned int)(io->tun_count + io->receive_count);
+	for (int i = 0; i < LANES && !err; i++)
+		err = lane_open(&worker->lane[i], worker->ctx, io, worker->source, worker->sources);
+	return err ? err : add_sources(worker, io);
 }
 
 /**
@@ -100,30 +137,20 @@ struct fp_worker *fp_worker_new(struct fp_ctx *ctx, const struct fp_io *io)
 	if (!worker)
 		return NULL;
 	worker->ctx = ctx;
-	worker->encap.epoll_fd = -1;
 	worker->poll_ns = (uint64_t)io->poll_us * 1000;
 	worker->schedule = io->schedule;
 	worker->nice = getpriority(PRIO_PROCESS, 0);
-	worker->receive_set = epoll_create1(EPOLL_CLOEXEC);
+	for (int i = 0; i < LANES; i++)
+		worker->lane[i].epoll_fd = -1;
 	worker->stop_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	worker->error_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	pthread_mutex_lock(&ctx->lock);
 	worker->next = ctx->workers;
 	ctx->workers = worker;
 	pthread_mutex_unlock(&ctx->lock);
-	if (worker->receive_set < 0 || worker->stop_fd < 0 || worker->error_fd < 0) {
-		err = errno;
-		goto fail;
-	}
-	err = encap_open(&worker->encap, ctx, io);
+	err = worker->stop_fd < 0 || worker->error_fd < 0 ? errno : open_lanes(worker, io);
 	if (!err)
-		err = decap_open(&worker->decap, ctx, io);
-	if (!err && watch(worker->encap.epoll_fd, EPOLL_CTL_ADD, io->receive, ENCAP_KEY_RECEIVE))
-		err = errno;
-	if (err)
-		goto fail;
-	return worker;
-fail:
+		return worker;
 	fp_worker_free(worker);
 	errno = err;
 	return NULL;
@@ -143,9 +170,9 @@ void fp_worker_free(struct fp_worker *worker)
 {
 	struct fp_ctx *ctx = worker->ctx;
 
-	assert(worker->threads == 0);
-	if (worker->encap.sender.blocked)
-		encap_drain(&worker->encap, DRAIN_MS);
+	assert(worker->started == 0);
+	for (int i = 0; i < LANES; i++)
+		encap_drain(&worker->lane[i].encap, DRAIN_MS);
 	pthread_mutex_lock(&ctx->lock);
 	for (struct fp_worker **link = &ctx->workers; *link; link = &(*link)->next) {
 		if (*link == worker) {
@@ -155,9 +182,8 @@ void fp_worker_free(struct fp_worker *worker)
 	}
 	worker_add_counters(worker, &ctx->gone);
 	pthread_mutex_unlock(&ctx->lock);
-	encap_close(&worker->encap);
-	decap_close(&worker->decap);
-	close_fd(worker->receive_set);
+	for (int i = 0; i < LANES; i++)
+		lane_close(&worker->lane[i]);
 	close_fd(worker->stop_fd);
 	close_fd(worker->error_fd);
 	free(worker);
@@ -170,7 +196,7 @@ void fp_worker_free(struct fp_worker *worker)
  */
 int fp_worker_fd(const struct fp_worker *worker)
 {
-	return worker->threads ? worker->error_fd : worker->encap.epoll_fd;
+	return worker->threads ? worker->error_fd : worker->lane[FIRST].epoll_fd;
 }
 
 /**
@@ -183,28 +209,20 @@ int fp_worker_error(const struct fp_worker *worker)
 	return worker->error;
 }
 
-/* Do what was found to be ready. Return: packets read and messages received, or -EBADFD */
-static int turn(struct fp_worker *worker, int ready)
-{
-	int received = ready & READY_RECEIVE ? decap_turn(&worker->decap, 1) : 0;
-	int sent = encap_turn(&worker->encap);
-
-	return sent < 0 ? sent : sent + received;
-}
-
 /**
  * fp_worker_turn() - Do what is ready in both directions, a bounded amount, without blocking
  * @worker: Worker without threads
  *
- * Return: packets read and messages received, or -EBADFD when the TUN device is gone
+ * Return: packets moved, or -EBADFD when the TUN device is gone
  */
 int fp_worker_turn(struct fp_worker *worker)
 {
+	struct lane *lane = &worker->lane[FIRST];
 	int total = 0;
 
 	for (unsigned int i = 0; i < BATCHES_PER_TURN; i++) {
-		int ready = encap_wait(&worker->encap, 0);
-		int moved = ready < 0 ? ready : turn(worker, ready);
+		int ready = lane_wait(lane, 0);
+		int moved = ready < 0 ? ready : lane_turn(lane, 1);
 
 		if (moved < 0)
 			return moved;
@@ -221,10 +239,13 @@ static void fail(struct fp_worker *worker, int err)
 	eventfd_write(worker->error_fd, 1);
 }
 
-/* Run the calling thread (that is what 0 means on Linux) so many nice steps above the daemon. */
-static int raise_by(const struct fp_worker *worker, int steps)
+/*
+ * Run the calling thread (that is what 0 means on Linux) some nice steps above the daemon. Return:
+ * 0, or -1 with errno set
+ */
+static int raise_thread(const struct fp_worker *worker, bool is_mixed)
 {
-	int raised = worker->nice - steps;
+	int raised = worker->nice - (is_mixed ? MIXED_NICE_STEPS : NICE_STEPS);
 
 	return setpriority(PRIO_PROCESS, 0, raised < NICE_MIN ? NICE_MIN : raised);
 }
@@ -238,20 +259,22 @@ static void schedule(struct fp_worker *worker)
 	if (worker->schedule == FP_SCHEDULE_REALTIME)
 		err = sched_setscheduler(0, SCHED_RR, &realtime);
 	else if (worker->schedule == FP_SCHEDULE_RAISED)
-		err = raise_by(worker, NICE_STEPS);
+		err = raise_thread(worker, false);
 	if (err)
 		worker->schedule_error = errno;
 }
 
-/* Raise the second thread, which calls, as what came in asks for. Return: whether that is mixed */
-static bool reschedule(const struct fp_worker *worker, bool was_mixed)
+/* Raise the calling thread as its flows ask for. */
+static void reschedule(struct shift *shift, uint64_t now_ms)
 {
-	const struct decap_side *decap = &worker->decap;
-	bool mixed = decap->received_ms - decap->mixed_ms < MIXED_MS;
+	const struct fp_worker *worker = shift->worker;
+	bool is_mixed = shift->mixed_ms && now_ms - shift->mixed_ms < MIXED_MS;
 
-	if (mixed != was_mixed && worker->schedule == FP_SCHEDULE_RAISED && !worker->schedule_error)
-		raise_by(worker, mixed ? MIXED_NICE_STEPS : NICE_STEPS);
-	return mixed;
+	if (is_mixed == shift->is_mixed)
+		return;
+	shift->is_mixed = is_mixed;
+	if (worker->schedule == FP_SCHEDULE_RAISED && !worker->schedule_error)
+		raise_thread(worker, is_mixed);
 }
 
 /**
@@ -264,150 +287,104 @@ int fp_worker_schedule_error(const struct fp_worker *worker)
 	return worker->schedule_error;
 }
 
-/* The second thread's encap_wait(). */
-static int receive_wait(const struct fp_worker *worker, int timeout_ms)
+/* Wait for work, awake at first if there were packets a moment ago. Return: as lane_wait() */
+static int rest(struct shift *shift, int timeout_ms)
 {
-	struct epoll_event event[2];
-	int count = epoll_wait(worker->receive_set, event, 2, timeout_ms);
-	int ready = 0;
-
-	for (int i = 0; i < count; i++)
-		ready |= event[i].data.u64 == KEY_STOP ? READY_STOP : READY_RECEIVE;
-	return ready;
-}
-
-/* Let a thread wait for work, awake at first if it had packets a moment ago. Return: READY_... */
-static int rest(struct fp_worker *worker, unsigned int thread, int timeout_ms)
-{
-	struct shift *shift = &worker->shift[thread];
 	uint64_t began = now_ns();
-	uint64_t awake_until = shift->last + worker->poll_ns;
+	uint64_t poll_ns = shift->worker->poll_ns;
 	int ready = 0;
 
 	atomic_store_explicit(&shift->turned_ms, began / 1000000, memory_order_relaxed);
-	atomic_store_explicit(&shift->waiting_since, began, memory_order_relaxed);
-	while (!ready && worker->poll_ns && now_ns() < awake_until)
-		ready = thread ? receive_wait(worker, 0) : encap_wait(&worker->encap, 0);
+	while (!ready && poll_ns && now_ns() < shift->last + poll_ns)
+		ready = lane_wait(shift->lane, 0);
 	if (!ready)
-		ready = thread ? receive_wait(worker, timeout_ms)
-			       : encap_wait(&worker->encap, timeout_ms);
-	/* In this order, so that no wait counts twice for who reads both. */
-	atomic_store_explicit(&shift->waiting_since, 0, memory_order_release);
-	atomic_store_explicit(&shift->idle_ns, shift->idle_ns + now_ns() - began,
-			      memory_order_release);
+		ready = lane_wait(shift->lane, timeout_ms);
+	shift->idle += now_ns() - began;
 	return ready;
 }
 
-/* How long a thread has waited for work since it began. */
-static uint64_t idle_ns(const struct shift *shift, uint64_t now)
+/* One turn of a thread. Return: 0, or an errno */
+static int work(struct shift *shift, int timeout_ms)
 {
-	uint64_t idle = atomic_load_explicit(&shift->idle_ns, memory_order_acquire);
-	uint64_t since = atomic_load_explicit(&shift->waiting_since, memory_order_acquire);
+	int ready = rest(shift, timeout_ms);
+	int moved = ready < 0 ? ready : lane_turn(shift->lane, BATCHES_PER_TURN);
 
-	return idle + (since && since < now ? now - since : 0);
+	if (moved > 0)
+		shift->last = now_ns();
+	return moved < 0 ? -moved : 0;
 }
 
-/* Move the receive socket between the threads' epoll sets. Return: 0, or an errno */
-static int move_receive(struct fp_worker *worker, int from_set, int to_set, uint64_t key)
+/* Whether sources change lanes. */
+static bool is_adaptive(const struct fp_worker *worker)
 {
-	int receive = worker->decap.receive_fd;
-
-	return watch(from_set, EPOLL_CTL_DEL, receive, 0) ||
-			       watch(to_set, EPOLL_CTL_ADD, receive, key)
-		       ? errno
-		       : 0;
+	return worker->threads == LANES;
 }
 
-/*
- * Give the decap side to the second thread. Return: 0, or an errno
- *
- * The side counts as given once the socket has moved: the other thread gives it back when it sees
- * that, and the socket must be where it looks for it.
- */
-static int hand_over(struct fp_worker *worker)
-{
-	int err = move_receive(worker, worker->encap.epoll_fd, worker->receive_set, KEY_RECEIVE);
+/* What the sources of the first lane have moved in a window. */
+struct census {
+	struct source *busiest; /* NULL: none has moved a packet */
+	unsigned int queues, sockets; /* that have */
+};
 
-	if (!err)
-		worker->assisted = true;
-	return err;
+/* Take it, and begin to count anew. */
+static struct census take_census(struct fp_worker *worker)
+{
+	struct census census = { 0 };
+
+	for (unsigned int i = 0; i < worker->sources; i++) {
+		struct source *source = &worker->source[i];
+
+		if (!worker->lane[FIRST].has[i] || !source->packets)
+			continue;
+		if (source->queue)
+			census.queues++;
+		else
+			census.sockets++;
+		if (!census.busiest || source->packets > census.busiest->packets)
+			census.busiest = source;
+	}
+	for (unsigned int i = 0; i < worker->sources; i++) {
+		if (worker->lane[FIRST].has[i])
+			worker->source[i].packets = 0;
+	}
+	return census;
 }
 
-/* Give it back to the first, in the same order. */
-static int hand_back(struct fp_worker *worker)
+/* A window of the first lane has ended, and it was busy or not. Return: 0, or an errno */
+static int end_window(struct shift *shift, bool is_busy, uint64_t now)
 {
-	int err = move_receive(worker, worker->receive_set, worker->encap.epoll_fd,
-			       ENCAP_KEY_RECEIVE);
+	struct fp_worker *worker = shift->worker;
+	struct census census = take_census(worker);
 
-	if (!err)
-		worker->assisted = false;
-	return err;
+	if (census.queues > 1 || census.sockets > 1)
+		shift->mixed_ms = now / 1000000;
+	reschedule(shift, now / 1000000);
+	if (!is_busy || !census.busiest)
+		return 0;
+	return lane_move(shift->lane,
+			 &worker->lane[census.busiest->queue ? BULK_ENCAP : BULK_DECAP],
+			 census.busiest);
 }
 
-/* The first thread: both sides, or the encap side while the second has the other. */
+/* The thread of the first lane. */
 static void *run_first(void *arg)
 {
-	struct fp_worker *worker = arg;
-	struct shift *shift = &worker->shift[0];
-	uint64_t window = now_ns(), idle = shift->idle_ns;
-
-	schedule(worker);
-	for (;;) {
-		int ready = rest(worker, 0, BEAT_MS);
-		int moved = ready < 0 ? ready : turn(worker, ready);
-		int err = moved < 0 ? -moved : 0;
-		uint64_t now;
-
-		if (!err && ready & READY_STOP)
-			return NULL;
-		now = now_ns();
-		if (moved > 0)
-			shift->last = now;
-		if (now - window >= WINDOW_NS) {
-			if (!err && worker->adaptive && !worker->assisted &&
-			    shift->idle_ns - idle < (now - window) / 8)
-				err = hand_over(worker);
-			window = now;
-			idle = shift->idle_ns;
-		}
-		if (err) {
-			fail(worker, err);
-			return NULL;
-		}
-	}
-}
-
-/* The second thread: the decap side, in adaptive mode while that pays. */
-static void *run_second(void *arg)
-{
-	struct fp_worker *worker = arg;
-	struct shift *shift = &worker->shift[1];
+	struct shift *shift = arg;
+	struct fp_worker *worker = shift->worker;
 	uint64_t window = now_ns(), idle = 0;
-	bool mixed = false;
 
 	schedule(worker);
 	for (;;) {
-		bool called = worker->assisted;
-		int ready = rest(worker, 1, called ? LULL_MS : BEAT_MS);
-		int err = 0;
-		uint64_t now, both;
+		int err = work(shift, BEAT_MS);
+		uint64_t now = now_ns();
 
-		if (ready & READY_STOP)
+		if (!err && shift->lane->stopped)
 			return NULL;
-		if (ready & READY_RECEIVE) {
-			decap_turn(&worker->decap, BATCHES_PER_TURN);
-			mixed = reschedule(worker, mixed);
+		if (!err && is_adaptive(worker) && now - window >= WINDOW_NS) {
+			err = end_window(shift, shift->idle - idle < (now - window) / 2, now);
+			window = now;
+			idle = shift->idle;
 		}
-		now = now_ns();
-		if (ready)
-			shift->last = now;
-		if (!worker->adaptive || (called && now - window < LULL_NS))
-			continue;
-		both = idle_ns(&worker->shift[0], now) + shift->idle_ns;
-		if (called && both - idle > (now - window) / 5 * 7)
-			err = hand_back(worker);
-		window = now;
-		idle = both;
 		if (err) {
 			fail(worker, err);
 			return NULL;
@@ -415,60 +392,146 @@ static void *run_second(void *arg)
 	}
 }
 
-/* Let the stop signal end every wait, or take it back. */
+/* Give back to the first lane what had few packets since the last call. Return: 0, or an errno */
+static int give_back(struct fp_worker *worker, struct lane *lane)
+{
+	int err = 0;
+
+	for (unsigned int i = 0; i < worker->sources && !err; i++) {
+		struct source *source = &worker->source[i];
+		bool is_calm;
+
+		if (!lane->has[i])
+			continue;
+		is_calm = source->packets < CALM_PACKETS;
+		source->packets = 0;
+		if (is_calm)
+			err = lane_move(lane, &worker->lane[FIRST], source);
+	}
+	return err;
+}
+
+/* The thread of another lane. */
+static void *run_other(void *arg)
+{
+	struct shift *shift = arg;
+	struct fp_worker *worker = shift->worker;
+	struct lane *lane = shift->lane;
+	uint64_t window = now_ns();
+
+	schedule(worker);
+	for (;;) {
+		int err = work(shift, is_adaptive(worker) && lane->held ? CALM_MS : BEAT_MS);
+		uint64_t now = now_ns();
+
+		if (!err && lane->stopped)
+			return NULL;
+		shift->mixed_ms = lane->decap.mixed_ms;
+		reschedule(shift, lane->decap.received_ms);
+		if (!err && is_adaptive(worker) && now - window >= CALM_NS) {
+			err = give_back(worker, lane);
+			window = now;
+		}
+		if (err) {
+			fail(worker, err);
+			return NULL;
+		}
+	}
+}
+
+/* Let the stop signal end every wait, or take it back. Return: 0, or an errno */
 static int watch_stop(struct fp_worker *worker, int operation)
 {
-	if (watch(worker->encap.epoll_fd, operation, worker->stop_fd, ENCAP_KEY_STOP) ||
-	    watch(worker->receive_set, operation, worker->stop_fd, KEY_STOP))
-		return errno;
+	struct epoll_event event = { .events = EPOLLIN, .data.u64 = KEY_STOP };
+
+	for (int i = 0; i < LANES; i++) {
+		worker->lane[i].stopped = false;
+		if (epoll_ctl(worker->lane[i].epoll_fd, operation, worker->stop_fd, &event))
+			return errno;
+	}
 	return 0;
 }
 
-static int start_thread(struct fp_worker *worker, void *(*run)(void *), const char *name)
+static int start_thread(struct fp_worker *worker, int lane, const char *name)
 {
-	struct shift *shift = &worker->shift[worker->threads];
+	struct shift *shift = &worker->shift[worker->started];
 	int err;
 
+	*shift = (struct shift) { .worker = worker, .lane = &worker->lane[lane] };
 	shift->turned_ms = now_ns() / 1000000;
-	err = pthread_create(&shift->thread, NULL, run, worker);
+	err = pthread_create(&shift->thread, NULL, lane == FIRST ? run_first : run_other, shift);
 	if (!err) {
 		pthread_setname_np(shift->thread, name);
-		worker->threads++;
+		worker->started++;
+	}
+	return err;
+}
+
+static int start_threads(struct fp_worker *worker)
+{
+	int err = start_thread(worker, FIRST, worker->threads == 2 ? "fp-encap" : "fp-first");
+
+	if (!err && worker->threads == 3)
+		err = start_thread(worker, BULK_ENCAP, "fp-encap");
+	if (!err && worker->threads >= 2)
+		err = start_thread(worker, BULK_DECAP, "fp-decap");
+	return err;
+}
+
+/* Move every receive socket out of the first lane. Return: 0, or an errno */
+static int move_sockets(struct fp_worker *worker)
+{
+	int err = 0;
+
+	for (unsigned int i = 0; i < worker->sources && !err; i++) {
+		if (worker->source[i].socket)
+			err = lane_move(&worker->lane[FIRST], &worker->lane[BULK_DECAP],
+					&worker->source[i]);
 	}
 	return err;
 }
 
 /**
- * fp_worker_start() - Let threads turn the sides; the caller does no turns meanwhile
- * @worker:   Worker without threads
- * @threads:  1 for both sides, or 2
- * @adaptive: With 2: the second one only under load
+ * fp_worker_start() - Let threads turn the lanes; the caller does no turns meanwhile
+ * @worker:  Worker without threads
+ * @threads: 1 for both directions, 2 for one each, 3 for both and two that have the bulk
  *
  * Signals are blocked in the threads.
  *
  * Return: 0, or an errno
  */
-int fp_worker_start(struct fp_worker *worker, int threads, int adaptive)
+int fp_worker_start(struct fp_worker *worker, int threads)
 {
-	bool split = threads == 2 && !adaptive;
 	sigset_t all, before;
 	int err;
 
-	assert(worker->threads == 0 && (threads == 1 || threads == 2));
-	worker->adaptive = threads == 2 && adaptive;
+	assert(worker->threads == 0 && threads >= 1 && threads <= LANES);
+	worker->threads = threads;
 	err = watch_stop(worker, EPOLL_CTL_ADD);
-	if (!err && split)
-		err = hand_over(worker);
+	if (!err && threads == 2)
+		err = move_sockets(worker);
 	sigfillset(&all);
 	pthread_sigmask(SIG_BLOCK, &all, &before);
 	if (!err)
-		err = start_thread(worker, run_first, split ? "fp-encap" : "fp-both");
-	if (!err && threads == 2)
-		err = start_thread(worker, run_second, "fp-decap");
+		err = start_threads(worker);
 	pthread_sigmask(SIG_SETMASK, &before, NULL);
 	if (err)
 		fp_worker_stop(worker);
 	return err;
+}
+
+/* Have every source in the first lane again. */
+static void gather_sources(struct fp_worker *worker)
+{
+	for (int i = FIRST + 1; i < LANES; i++) {
+		struct lane *lane = &worker->lane[i];
+
+		encap_drain(&lane->encap, DRAIN_MS);
+		for (unsigned int s = 0; s < worker->sources; s++) {
+			if (lane->has[s])
+				lane_move(lane, &worker->lane[FIRST], &worker->source[s]);
+		}
+	}
 }
 
 /**
@@ -481,21 +544,21 @@ int fp_worker_stop(struct fp_worker *worker)
 	eventfd_t signals;
 
 	eventfd_write(worker->stop_fd, 1);
-	while (worker->threads)
-		pthread_join(worker->shift[--worker->threads].thread, NULL);
+	while (worker->started)
+		pthread_join(worker->shift[--worker->started].thread, NULL);
+	worker->threads = 0;
 	eventfd_read(worker->stop_fd, &signals);
 	watch_stop(worker, EPOLL_CTL_DEL);
-	if (worker->assisted)
-		hand_back(worker);
+	gather_sources(worker);
 	return worker->error;
 }
 
 /** fp_worker_threads() - How many threads move packets now; 0 when the caller's turns do */
 int fp_worker_threads(const struct fp_worker *worker)
 {
-	bool alone = worker->threads == 2 && worker->adaptive && !worker->assisted;
-
-	return alone ? 1 : (int)worker->threads;
+	if (!is_adaptive(worker))
+		return worker->threads;
+	return 1 + (worker->lane[BULK_ENCAP].held > 0) + (worker->lane[BULK_DECAP].held > 0);
 }
 
 /** fp_worker_silence_ms() - How long ago the thread that hangs longest began its turn; 0 without */
@@ -503,7 +566,7 @@ uint64_t fp_worker_silence_ms(const struct fp_worker *worker)
 {
 	uint64_t now = now_ns() / 1000000, oldest = now;
 
-	for (unsigned int i = 0; i < worker->threads; i++) {
+	for (unsigned int i = 0; i < worker->started; i++) {
 		uint64_t turned = worker->shift[i].turned_ms;
 
 		if (turned < oldest)
@@ -525,14 +588,21 @@ static void add_counters(const struct fp_counters *counters, struct fp_counters 
 /** worker_add_counters() - Add a worker's counters to @into */
 void worker_add_counters(const struct fp_worker *worker, struct fp_counters *into)
 {
-	add_counters(&worker->encap.counters, into);
-	add_counters(&worker->decap.counters, into);
+	for (int i = 0; i < LANES; i++) {
+		add_counters(&worker->lane[i].encap.counters, into);
+		add_counters(&worker->lane[i].decap.counters, into);
+	}
 }
 
 /** worker_take_suspects() - Move up to @capacity samples out. Return: how many */
 size_t worker_take_suspects(struct fp_worker *worker, struct fp_suspect *into, size_t capacity)
 {
-	return decap_take_suspects(&worker->decap, into, capacity);
+	size_t taken = 0;
+
+	for (int i = 0; i < LANES; i++)
+		taken +=
+			decap_take_suspects(&worker->lane[i].decap, into + taken, capacity - taken);
+	return taken;
 }
 
 /** worker_next() - The next worker of the same context, or NULL */

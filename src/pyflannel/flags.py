@@ -266,7 +266,7 @@ FLAGS: tuple[Flag, ...] = (
         "workers",
         _one_of("auto", "0", "1", "2"),
         "auto",
-        "threads that move packets; 0: the event loop; auto: 1, and 2 under load",
+        "threads that move packets; 0: the event loop; auto: 1, and up to 3 under load",
         _DATA,
     ),
     Flag(

@@ -139,7 +139,7 @@ class Overlay:
     def descriptors(self) -> list[int]:
         """Return all that a successor needs to go on where we stop."""
         underlay = self._underlay
-        return [*self._tun.fds, underlay.lock_fd, underlay.receive_fd, *underlay.send_fds]
+        return [*self._tun.fds, underlay.lock_fd, *underlay.receive_fds, *underlay.send_fds]
 
     def keep_queues(self) -> None:
         """Have the supervisor keep what packets queue in, so that they do while we are away.
@@ -149,7 +149,7 @@ class Overlay:
         if not self._tun.is_adopted:
             keep_descriptors(self.device, self._tun.fds)
         if not self._underlay.is_adopted:
-            keep_descriptors(self.device, [self._underlay.receive_fd])
+            keep_descriptors(self.device, self._underlay.receive_fds)
 
     @property
     def subnet(self) -> IPNetwork:
@@ -318,7 +318,7 @@ class Overlay:
         return WorkerIo(
             tun=tun.read_fds,
             tun_write=tun.write_fd,
-            receive=underlay.receive_fd,
+            receive=underlay.receive_fds,
             send=underlay.send_fds,
             offload=self.offload,
             poll_us=self._options.poll_us,

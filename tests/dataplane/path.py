@@ -15,7 +15,7 @@ from functools import lru_cache
 from ipaddress import IPv4Network, IPv6Network
 
 from pyflannel.dataplane.fastpath import Context, FastpathConfig, Worker, WorkerIo
-from pyflannel.dataplane.forwarder import Workers
+from pyflannel.dataplane.forwarder import THREADS, Workers
 from pyflannel.dataplane.offload import Offload
 from pyflannel.dataplane.route import IPNetwork, MacAddress, Route, Vni
 from pyflannel.dataplane.tun import Tun
@@ -77,7 +77,8 @@ class Input:
 
 def flow_of(packet: bytes) -> tuple[bytes, ...]:
     """What packets that keep their order have in common."""
-    return twin.flow_key(packet) or (b"fragments of any flow",)
+    protocol = packet[9:10] if packet[0] >> 4 == 4 else packet[6:7]
+    return twin.flow_key(packet) or (b"fragments of any flow", protocol)
 
 
 @lru_cache
@@ -122,7 +123,8 @@ def inputs(family: int) -> tuple[Input, ...]:
             made.append(Input(*_odd(packet, size, rng)))
         flows[index] = replace(
             flow,
-            id=flow.id + segments & 0xFFFF,
+            # Of IPv6 it is the flow label, by which a kernel peer chooses the source port.
+            id=flow.id + segments & 0xFFFF if family == 4 else flow.id,
             sequence=flow.sequence + len(packet.payload) & 0xFFFFFFFF,
         )
     return tuple(made)
@@ -186,7 +188,7 @@ class Node:
         io = WorkerIo(
             tun=tun.read_fds,
             tun_write=tun.write_fd,
-            receive=underlay.receive_fd,
+            receive=underlay.receive_fds,
             send=underlay.send_fds,
             offload=tun.offload | underlay.offload,
         )
@@ -197,8 +199,7 @@ class Node:
     def start(self, workers: Workers) -> None:
         """Let threads move the packets, unless it is the caller who does."""
         if workers is not Workers.LOOP:
-            threads = 1 if workers is Workers.ONE else 2
-            self.worker.start(threads, adaptive=workers is Workers.AUTO)
+            self.worker.start(THREADS[workers])
             self._closing.callback(self.worker.stop)
 
     def route_to(self, number: int, host: Host) -> None:

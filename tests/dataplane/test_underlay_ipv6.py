@@ -11,6 +11,7 @@ import pytest
 from pyflannel.dataplane.refusal import Refusal
 from pyflannel.dataplane.route import IPAddress
 from pyflannel.dataplane.underlay import Underlay
+from tests.dataplane.test_underlay import held, readable
 from tests.lab.require import require_root
 
 LOOPBACK: dict[int, IPAddress] = {4: IPv4Address("127.0.0.1"), 6: IPv6Address("::1")}
@@ -32,12 +33,8 @@ def opened(request: pytest.FixtureRequest, port: int) -> Iterator[Underlay]:
     underlay.close()
 
 
-def _borrow(fd: int) -> socket.socket:
-    return socket.socket(fileno=socket.dup(fd))
-
-
 def test_sockets_of_one_family(opened: Underlay, port: int) -> None:
-    with _borrow(opened.receive_fd) as receive, _borrow(opened.send_fds[0]) as send:
+    with held(opened.receive_fds[0]) as receive, held(opened.send_fds[0]) as send:
         assert receive.family == send.family
         assert receive.getsockname()[:2] == (
             "0.0.0.0" if receive.family == socket.AF_INET else "::",
@@ -45,9 +42,8 @@ def test_sockets_of_one_family(opened: Underlay, port: int) -> None:
         )
         assert send.getsockname()[0] == str(LOOPBACK[4 if send.family == socket.AF_INET else 6])
         send.sendto(b"x", (send.getsockname()[0], port))
-        receive.setblocking(True)
-        receive.settimeout(5)
-        payload, ancillary, _, source = receive.recvmsg(16, 256)
+        with readable(opened) as reached:
+            payload, ancillary, _, source = reached.recvmsg(16, 256)
         assert payload == b"x"
         assert source[:2] == send.getsockname()[:2]
         kinds = {(level, kind) for level, kind, _ in ancillary}
@@ -60,7 +56,7 @@ def test_sockets_of_one_family(opened: Underlay, port: int) -> None:
 def test_ipv6_is_sent_as_the_kernels_device_does(port: int) -> None:
     underlay = Underlay.open("lo", LOOPBACK[6], port, 1)
     try:
-        with _borrow(underlay.send_fds[0]) as send:
+        with held(underlay.send_fds[0]) as send:
             assert send.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_UNICAST_HOPS) == 64
             assert send.getsockopt(socket.IPPROTO_IPV6, IPV6_MTU_DISCOVER) == 0
             assert send.getsockopt(socket.IPPROTO_IPV6, IPV6_AUTOFLOWLABEL) == 0
@@ -93,15 +89,12 @@ def test_who_holds_the_ipv6_port_is_named(port: int) -> None:
 def test_ipv6_without_a_checksum_is_not_taken(port: int) -> None:
     underlay = Underlay.open("lo", LOOPBACK[6], port, 1)
     try:
-        with (
-            _borrow(underlay.receive_fd) as receive,
-            socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as sender,
-        ):
+        with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as sender:
             sender.setsockopt(socket.IPPROTO_UDP, UDP_NO_CHECK6_TX, 1)
             sender.sendto(b"without", ("::1", port))
             sender.setsockopt(socket.IPPROTO_UDP, UDP_NO_CHECK6_TX, 0)
             sender.sendto(b"with", ("::1", port))
-            receive.settimeout(5)
-            assert receive.recv(16) == b"with"
+            with readable(underlay) as receive:
+                assert receive.recv(16) == b"with"
     finally:
         underlay.close()

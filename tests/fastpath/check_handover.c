@@ -1,13 +1,13 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * The decap side changes hands between two threads: it must never be lost, be in both, or reorder a
- * flow, and the second thread must give it back when there is little to do. It is raised while
- * several flows come in.
+ * A source changes hands between two threads: it must never be lost, be in both lanes, or reorder a
+ * flow, and what carries little must come back to the first lane. Threads are raised while several
+ * flows are mixed in what they have.
  */
 #define _GNU_SOURCE
 #include "check.h"
 
-/* Who has the side is to be seen only from within. */
+/* Who has a source is to be seen only from within. */
 #include "worker.c"
 
 #include <arpa/inet.h>
@@ -16,20 +16,19 @@
 
 #define CHANGES 20000
 #define CYCLES 10
-#define MORE 1000 /* packets once the second thread is called */
+#define MORE 1000 /* packets once a source has been given away */
 #define PAYLOAD 32
 
 struct host {
 	struct fp_ctx *ctx;
 	struct fp_worker *worker;
 	int tun[2]; /* the test's end, the worker's end */
-	int receive, send;
-	struct sockaddr_in address;
+	int receive[2], send;
+	struct sockaddr_in address[2]; /* of the receive sockets */
 };
 
 static void open_host(struct host *host, int schedule)
 {
-	socklen_t length = sizeof(host->address);
 	struct fp_config config = {
 		.vni = 1,
 		.mac = { 2, 0, 0, 0, 0, 1 },
@@ -38,15 +37,22 @@ static void open_host(struct host *host, int schedule)
 		.anti_spoofing = FP_SPOOF_OFF,
 		.inner_ipv4 = 1,
 	};
-	struct fp_io io = { .tun_count = 1, .send_count = 1, .schedule = schedule };
+	struct fp_io io = {
+		.tun_count = 1, .receive_count = 2, .send_count = 1, .schedule = schedule
+	};
 
 	HOLDS(socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_NONBLOCK, 0, host->tun) == 0);
-	host->address = (struct sockaddr_in) { .sin_family = AF_INET };
-	host->address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-	host->receive = socket(AF_INET, SOCK_DGRAM | SOCK_NONBLOCK, 0);
+	for (int i = 0; i < 2; i++) {
+		struct sockaddr_in *address = &host->address[i];
+		socklen_t length = sizeof(*address);
+
+		*address = (struct sockaddr_in) { .sin_family = AF_INET };
+		address->sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+		host->receive[i] = socket(AF_INET, SOCK_DGRAM | SOCK_NONBLOCK, 0);
+		HOLDS(bind(host->receive[i], (struct sockaddr *)address, length) == 0);
+		HOLDS(getsockname(host->receive[i], (struct sockaddr *)address, &length) == 0);
+	}
 	host->send = socket(AF_INET, SOCK_DGRAM, 0);
-	HOLDS(bind(host->receive, (struct sockaddr *)&host->address, length) == 0);
-	HOLDS(getsockname(host->receive, (struct sockaddr *)&host->address, &length) == 0);
 	host->ctx = fp_ctx_new(&config);
 	HOLDS(host->ctx);
 	io.tun = &host->tun[1];
@@ -63,42 +69,50 @@ static void close_host(struct host *host)
 	fp_ctx_free(host->ctx);
 	close(host->tun[0]);
 	close(host->tun[1]);
-	close(host->receive);
+	close(host->receive[0]);
+	close(host->receive[1]);
 	close(host->send);
 }
 
-static void *hand_over_always(void *argument)
+/* Move a source from one lane to another as soon as it is there, many times. */
+struct mover {
+	struct fp_worker *worker;
+	int from, to;
+	unsigned int source;
+};
+
+static void *move_always(void *argument)
 {
-	struct fp_worker *worker = argument;
+	struct mover *mover = argument;
+	struct lane *from = &mover->worker->lane[mover->from];
+	struct lane *to = &mover->worker->lane[mover->to];
 
 	for (int changes = 0; changes < CHANGES;) {
-		if (worker->assisted) {
+		if (!from->has[mover->source]) {
 			sched_yield();
 			continue;
 		}
-		HOLDS(hand_over(worker) == 0);
+		HOLDS(lane_move(from, to, &mover->worker->source[mover->source]) == 0);
 		changes++;
 	}
 	return NULL;
 }
 
-/* Both threads change their minds at the worst moments. */
-static void check_changes(void)
+/* Both threads change their minds at the worst moments, and a TUN queue and a socket are the same.
+ */
+static void check_changes(unsigned int source)
 {
 	struct host host;
+	struct mover back;
 	pthread_t thread;
 
 	open_host(&host, FP_SCHEDULE_NORMAL);
-	HOLDS(pthread_create(&thread, NULL, hand_over_always, host.worker) == 0);
-	for (int changes = 0; changes < CHANGES;) {
-		if (!host.worker->assisted) {
-			sched_yield();
-			continue;
-		}
-		HOLDS(hand_back(host.worker) == 0);
-		changes++;
-	}
+	back = (struct mover) { host.worker, BULK_DECAP, FIRST, source };
+	HOLDS(pthread_create(&thread, NULL, move_always, &back) == 0);
+	move_always(&(struct mover) { host.worker, FIRST, BULK_DECAP, source });
 	pthread_join(thread, NULL);
+	HOLDS(host.worker->lane[FIRST].held == host.worker->sources);
+	HOLDS(host.worker->lane[BULK_DECAP].held == 0);
 	close_host(&host);
 }
 
@@ -129,8 +143,8 @@ static void *read_in_order(void *argument)
 	return NULL;
 }
 
-/* Send one packet more of a flow, as a peer does. */
-static void send_one(const struct host *host, uint32_t *number, uint16_t port)
+/* Send one packet more of a flow to a receive socket, as a peer does. */
+static void send_one(const struct host *host, uint32_t *number, uint16_t port, int socket)
 {
 	struct spec spec = { .udp = true,
 			     .source_node = 2,
@@ -149,15 +163,15 @@ static void send_one(const struct host *host, uint32_t *number, uint16_t port)
 	memcpy(packet + length - sizeof(*number), number, sizeof(*number));
 	memset(packet + 26, 0, 2); /* no UDP checksum */
 	sendto(host->send, datagram, sizeof(push) + length, 0,
-	       (const struct sockaddr *)&host->address, sizeof(host->address));
+	       (const struct sockaddr *)&host->address[socket], sizeof(host->address[socket]));
 }
 
 static void send_next(const struct host *host, uint32_t *number)
 {
-	send_one(host, number, 0);
+	send_one(host, number, 0, 0);
 }
 
-/* Load calls the second thread in, silence sends it away, and no packet overtakes another. */
+/* Load moves a socket to the thread for bulk, silence back, and no packet overtakes another. */
 static void check_adaptive(void)
 {
 	struct host host;
@@ -166,7 +180,7 @@ static void check_adaptive(void)
 	uint32_t number = 0;
 
 	open_host(&host, FP_SCHEDULE_NORMAL);
-	HOLDS(fp_worker_start(host.worker, 2, true) == 0);
+	HOLDS(fp_worker_start(host.worker, 3) == 0);
 	HOLDS(pthread_create(&thread, NULL, read_in_order, &reader) == 0);
 	for (int cycle = 0; cycle < CYCLES; cycle++) {
 		while (fp_worker_threads(host.worker) != 2)
@@ -185,8 +199,8 @@ static void check_adaptive(void)
 	close_host(&host);
 }
 
-/* Return: the second thread's nice value, or less than any without one */
-static int nice_of_second(void)
+/* Return: the nice value of the thread of this name, or less than any without one */
+static int nice_of(const char *thread)
 {
 	char path[300], name[16] = "";
 	DIR *tasks = opendir("/proc/self/task");
@@ -201,7 +215,7 @@ static int nice_of_second(void)
 		comm = fopen(path, "r");
 		if (!comm)
 			continue;
-		if (fgets(name, sizeof(name), comm) && strcmp(name, "fp-decap\n") == 0)
+		if (fgets(name, sizeof(name), comm) && strncmp(name, thread, strlen(thread)) == 0)
 			value = getpriority(PRIO_PROCESS, (id_t)atoi(task->d_name));
 		fclose(comm);
 	}
@@ -209,8 +223,8 @@ static int nice_of_second(void)
 	return value;
 }
 
-/* Several flows raise the second thread, one alone does not. */
-static void check_priority(void)
+/* Several flows raise the thread that has them, one alone does not. */
+static void check_priority(int threads, const char *thread, uint16_t port, int socket)
 {
 	struct host host;
 	uint32_t number = 0;
@@ -218,17 +232,19 @@ static void check_priority(void)
 
 	HOLDS(own - MIXED_NICE_STEPS >= NICE_MIN);
 	open_host(&host, FP_SCHEDULE_RAISED);
-	HOLDS(fp_worker_start(host.worker, 2, false) == 0);
-	while (nice_of_second() != own - NICE_STEPS)
+	HOLDS(fp_worker_start(host.worker, threads) == 0);
+	while (nice_of(thread) != own - NICE_STEPS)
 		usleep(1000);
 	for (int cycle = 0; cycle < 2; cycle++) {
-		for (uint16_t port = 0; nice_of_second() != own - MIXED_NICE_STEPS; port ^= 1)
-			send_one(&host, &number, port);
-		while (nice_of_second() != own - NICE_STEPS)
+		while (nice_of(thread) != own - MIXED_NICE_STEPS) {
+			send_one(&host, &number, 0, 0);
+			send_one(&host, &number, port, socket);
+		}
+		while (nice_of(thread) != own - NICE_STEPS)
 			send_next(&host, &number);
 		for (int more = 0; more < MORE; more++)
 			send_next(&host, &number);
-		HOLDS(nice_of_second() == own - NICE_STEPS);
+		HOLDS(nice_of(thread) == own - NICE_STEPS);
 	}
 	HOLDS(fp_worker_stop(host.worker) == 0);
 	HOLDS(fp_worker_schedule_error(host.worker) == 0);
@@ -237,7 +253,9 @@ static void check_priority(void)
 
 void check_handover(void)
 {
-	check_changes();
+	check_changes(0);
+	check_changes(1);
 	check_adaptive();
-	check_priority();
+	check_priority(2, "fp-decap", 1, 0);
+	check_priority(3, "fp-first", 0, 1);
 }

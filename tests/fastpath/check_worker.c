@@ -69,6 +69,7 @@ static void open_node(struct node *node, uint8_t number, int offload)
 	};
 	struct fp_io io = {
 		.tun_count = 1,
+		.receive_count = 1,
 		.send_count = 1,
 		.segment = offload & GSO,
 		.coalesce_tcp = offload & TSO,
@@ -86,7 +87,7 @@ static void open_node(struct node *node, uint8_t number, int offload)
 	HOLDS(node->ctx);
 	io.tun = &node->tun[1];
 	io.tun_write = node->tun[1];
-	io.receive = node->receive;
+	io.receive = &node->receive;
 	io.send = &node->send;
 	node->worker = fp_worker_new(node->ctx, &io);
 	HOLDS(node->worker);
