@@ -236,7 +236,8 @@ static void check_priority(int threads, const char *thread, uint16_t port, int s
 	while (nice_of(thread) != own - NICE_STEPS)
 		usleep(1000);
 	for (int cycle = 0; cycle < 2; cycle++) {
-		while (nice_of(thread) != own - MIXED_NICE_STEPS) {
+		/* So slowly that the thread keeps what it has, or gets it back. */
+		for (; nice_of(thread) != own - MIXED_NICE_STEPS; usleep(500)) {
 			send_one(&host, &number, 0, 0);
 			send_one(&host, &number, port, socket);
 		}
