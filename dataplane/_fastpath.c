@@ -3,7 +3,7 @@
  * DOC: Theory of Operation
  *
  * A context (struct fp_ctx) is one VNI of one daemon: its configuration and its FIB. Workers
- * (csrc/worker.c) move packets between a TUN queue and the UDP sockets; each has its own buffers
+ * (csrc/worker.c) move packets between TUN queues and the UDP sockets; each has its own buffers
  * and counters and shares nothing writable with another worker but the per-peer counters.
  *
  *	TUN -> read at headroom -> encap_packet() -> push 22 bytes in place -> sendmmsg per socket

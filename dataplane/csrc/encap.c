@@ -13,11 +13,8 @@
  * segment will be, at the places that the last super-packet of the queue had. When the guess was
  * wrong the payload is moved once.
  *
- * Of several ready queues the one that was served longest ago is next. A queue whose flows send
- * seldom so never waits for more than one batch of the others.
- *
- * When a socket's send buffer is full, the batch stays where it is, nothing is read and the side
- * waits for that socket: the queue is then the TUN's.
+ * When a socket's send buffer is full, the batch stays where it is and nothing is read until there
+ * is room: the queue is then the TUN's.
  */
 #define _GNU_SOURCE
 #include "encap.h"
@@ -269,7 +266,7 @@ static int encap_batch(struct encap_side *side, struct tun_queue *queue)
  */
 int encap_turn(struct encap_side *side, struct tun_queue *queue)
 {
-	if (side->sender.blocked || (side->sender.sends && !encap_flush(side)))
+	if (encap_is_blocked(side) || (encap_holds(side) && !encap_flush(side)))
 		return 0;
 	return encap_batch(side, queue);
 }

@@ -7,6 +7,9 @@
  * lane gives it to another, between two turns, when nothing is left of what was read from it. So no
  * flow is reordered when its source changes hands.
  *
+ * Of several ready queues the one that was served longest ago is next. A queue whose flows send
+ * seldom so never waits for more than one batch of the others.
+ *
  * A lane has a source once that is in its epoll set: who sees it ready owns it, and who finds it
  * among its own can give it away.
  */
@@ -21,8 +24,9 @@ static int watch(const struct lane *lane, int operation, const struct source *so
 		 uint32_t events)
 {
 	struct epoll_event event = { .events = events, .data.u64 = source->number };
+	int fd = source->queue ? source->queue->fd : source->socket->fd;
 
-	return epoll_ctl(lane->epoll_fd, operation, source->fd, &event) ? errno : 0;
+	return epoll_ctl(lane->epoll_fd, operation, fd, &event) ? errno : 0;
 }
 
 /**
@@ -107,7 +111,6 @@ int lane_wait(struct lane *lane, int timeout_ms)
 {
 	struct epoll_event event[EVENTS];
 	int count = epoll_wait(lane->epoll_fd, event, EVENTS, timeout_ms);
-
 	bool has_room = false;
 
 	lane->queue = NULL;

@@ -16,7 +16,6 @@
 
 /* Where packets come from: a TUN queue, or a receive socket. It is in one lane at a time. */
 struct source {
-	int fd;
 	unsigned int number;
 	struct tun_queue *queue; /* NULL: it is a receive socket */
 	struct receive_socket *socket; /* NULL: it is a TUN queue */

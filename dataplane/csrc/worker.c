@@ -59,6 +59,7 @@ struct shift {
 	struct fp_worker *worker;
 	struct lane *lane;
 	pthread_t thread;
+	uint64_t now; /* when its last turn ended; ns */
 	uint64_t last; /* when it moved packets; ns */
 	uint64_t idle; /* ns in waits, since it began */
 	uint64_t mixed_ms; /* when flows were last seen to be mixed */
@@ -96,13 +97,11 @@ static int add_sources(struct fp_worker *worker, const struct fp_io *io)
 
 		source->number = i;
 		if (i < io->tun_count) {
-			source->fd = io->tun[i];
 			source->queue = &worker->queue[i];
-			source->queue->fd = source->fd;
+			source->queue->fd = io->tun[i];
 		} else {
-			source->fd = io->receive[i - io->tun_count];
 			source->socket = &worker->socket[i - io->tun_count];
-			receive_socket_init(source->socket, source->fd);
+			receive_socket_init(source->socket, io->receive[i - io->tun_count]);
 		}
 		err = lane_add(&worker->lane[FIRST], source);
 	}
@@ -309,8 +308,9 @@ static int work(struct shift *shift, int timeout_ms)
 	int ready = rest(shift, timeout_ms);
 	int moved = ready < 0 ? ready : lane_turn(shift->lane, BATCHES_PER_TURN);
 
+	shift->now = now_ns();
 	if (moved > 0)
-		shift->last = now_ns();
+		shift->last = shift->now;
 	return moved < 0 ? -moved : 0;
 }
 
@@ -323,7 +323,8 @@ static bool is_adaptive(const struct fp_worker *worker)
 /* What the sources of the first lane have moved in a window. */
 struct census {
 	struct source *busiest; /* NULL: none has moved a packet */
-	unsigned int queues, sockets; /* that have */
+	size_t most; /* packets of that one */
+	unsigned int queues, sockets; /* that have moved any */
 };
 
 /* Take it, and begin to count anew. */
@@ -340,25 +341,25 @@ static struct census take_census(struct fp_worker *worker)
 			census.queues++;
 		else
 			census.sockets++;
-		if (!census.busiest || source->packets > census.busiest->packets)
+		if (source->packets > census.most) {
+			census.most = source->packets;
 			census.busiest = source;
-	}
-	for (unsigned int i = 0; i < worker->sources; i++) {
-		if (worker->lane[FIRST].has[i])
-			worker->source[i].packets = 0;
+		}
+		source->packets = 0;
 	}
 	return census;
 }
 
 /* A window of the first lane has ended, and it was busy or not. Return: 0, or an errno */
-static int end_window(struct shift *shift, bool is_busy, uint64_t now)
+static int end_window(struct shift *shift, bool is_busy)
 {
 	struct fp_worker *worker = shift->worker;
 	struct census census = take_census(worker);
+	uint64_t now_ms = shift->now / 1000000;
 
 	if (census.queues > 1 || census.sockets > 1)
-		shift->mixed_ms = now / 1000000;
-	reschedule(shift, now / 1000000);
+		shift->mixed_ms = now_ms;
+	reschedule(shift, now_ms);
 	if (!is_busy || !census.busiest)
 		return 0;
 	return lane_move(shift->lane,
@@ -376,12 +377,12 @@ static void *run_first(void *arg)
 	schedule(worker);
 	for (;;) {
 		int err = work(shift, BEAT_MS);
-		uint64_t now = now_ns();
+		uint64_t now = shift->now;
 
 		if (!err && shift->lane->stopped)
 			return NULL;
 		if (!err && is_adaptive(worker) && now - window >= WINDOW_NS) {
-			err = end_window(shift, shift->idle - idle < (now - window) / 2, now);
+			err = end_window(shift, shift->idle - idle < (now - window) / 2);
 			window = now;
 			idle = shift->idle;
 		}
@@ -422,7 +423,7 @@ static void *run_other(void *arg)
 	schedule(worker);
 	for (;;) {
 		int err = work(shift, is_adaptive(worker) && lane->held ? CALM_MS : BEAT_MS);
-		uint64_t now = now_ns();
+		uint64_t now = shift->now;
 
 		if (!err && lane->stopped)
 			return NULL;
