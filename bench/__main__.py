@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from bench import report
-from bench.cases import CASES, missing_congestion
+from bench.cases import CASES, what_lacks
 from bench.counters import read_counters
 from bench.machine import describe, end_on_sigterm, wait_for_quiet
 from bench.program import run_program, say
@@ -35,6 +35,14 @@ TRANSFER_MEGABYTES = 32
 RESULTS = Path(__file__).parent / "results"
 
 
+def positive(text: str) -> int:
+    """Read a whole number above 0, as iperf3 wants its seconds."""
+    number = int(text) if text.isdecimal() else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return number
+
+
 def arguments() -> argparse.Namespace:
     """Read the command line."""
     # fmt: off
@@ -50,8 +58,8 @@ def arguments() -> argparse.Namespace:
                         "other flags or another checkout: 'w0=--workers=0' 'before@../old' "
                         "'short:null=--queue=64'")
     parser.add_argument("--mode", nargs="+", choices=UNDERLAYS, help="underlays (wire-nocsum)")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds in turns (5)")
-    parser.add_argument("--seconds", type=float, help="length of a sample (4; quick 2)")
+    parser.add_argument("--rounds", type=positive, default=5, help="rounds in turns (5)")
+    parser.add_argument("--seconds", type=positive, help="length of a sample (4; quick 2)")
     parser.add_argument("--ours-flags", default="", help="flags for every pyflannel-udp")
     parser.add_argument("--output", type=Path,
                         help="folder for results.json, results.md and plots (bench/results; quick: "
@@ -115,10 +123,10 @@ class Bench:
                 self.run.save(self._given.output / "results.json")
 
     def _lacks(self, case: str) -> bool:
-        congestion = missing_congestion(case)
-        if congestion:
-            self._note_absent(f"{case}: this kernel has no congestion control {congestion}")
-        return congestion is not None
+        missing = what_lacks(case)
+        if missing:
+            self._note_absent(f"{case}: there is no {missing}")
+        return missing is not None
 
     def _note_absent(self, sentence: str) -> None:
         if sentence not in self.run.absent:

@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import mean, quantiles
 
 from bench.machine import CpuUse, CpuWindow
+from bench.placement import CORES, hosts_apart
 from bench.variants import Stack
 
 UDP_LOAD = Path(__file__).parent / "bin/udp_load"
@@ -123,6 +124,17 @@ def idle_round_trip() -> Case:
     return Case("round trip, idle", measure)
 
 
+def round_trip_apart() -> Case:
+    """Round trips while nothing else moves and each host has a core of its own."""
+    idle = idle_round_trip()
+
+    def measure(stack: Stack, seconds: float) -> Sample:
+        with hosts_apart(stack):
+            return idle.measure(stack, seconds)
+
+    return Case("round trip, idle, a core each", measure)
+
+
 CASES: dict[str, Case] = {
     **{
         f"tcp{streams}{way}": tcp(streams, *flags, pings=streams == 4 and not flags)
@@ -137,10 +149,15 @@ CASES: dict[str, Case] = {
         for suffix, flows in (("", 1), ("-8", 8))
     },
     "rtt": idle_round_trip(),
+    "rtt-apart": round_trip_apart(),
 }
 
 
-def missing_congestion(case: str) -> str | None:
-    """Return the congestion control that a case asks for and this kernel lacks."""
+def what_lacks(case: str) -> str | None:
+    """Return what this machine has not and a case asks for."""
+    if case == "rtt-apart" and len(CORES) < 2:
+        return "a second core"
     available = Path("/proc/sys/net/ipv4/tcp_available_congestion_control").read_text().split()
-    return "bbr" if case.endswith("-bbr") and "bbr" not in available else None
+    if case.endswith("-bbr") and "bbr" not in available:
+        return "congestion control bbr in this kernel"
+    return None

@@ -26,7 +26,7 @@ SUITES = (
         "overlays",
         "Overlays on a wire, every checksum real",
         ("plain", "kernel", "ours", "null", "udp-backend", "naive", "wireguard-go", "openvswitch"),
-        (*TCP, "tcp1-bbr", "tcp4-bbr", *UDP, "rtt"),
+        (*TCP, "tcp1-bbr", "tcp4-bbr", *UDP, "rtt", "rtt-apart"),
     ),
     Suite(
         "underlays",
@@ -52,8 +52,13 @@ SUITES = (
     Suite(
         "workers",
         "pyflannel-udp with threads and without",
-        ("kernel", "ours", *(f"workers-{count}=--workers={count}" for count in (0, 1, 2))),
-        (*BASIC, "udp64-8", "udp1400"),
+        (
+            "kernel",
+            "ours",
+            *(f"workers-{count}=--workers={count}" for count in (0, 1, 2)),
+            "awake=--poll-us=30000",
+        ),
+        (*BASIC, "udp64-8", "udp1400", "rtt-apart"),
     ),
     Suite(
         "floor",
@@ -68,12 +73,13 @@ SUITES = (
             "null-zerocopy",
             "null-uring",
             "null-uring-1thread",
+            "null-uring-sqpoll",
             "null-packet",
             "null-packet-ring",
             "null-xdp",
             *(f"null-queue-{size}:null=--queue={size}" for size in (500, 64)),
         ),
-        (*BASIC, "tcp4-bbr", "udp64-8"),
+        (*BASIC, "tcp4-bbr", "udp64-8", "rtt-apart"),
     ),
     Suite(
         "peers",

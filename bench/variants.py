@@ -234,6 +234,7 @@ VARIANTS = {
         Variant("null-zerocopy", "null", ("--io=zerocopy", "--design=gaps")),
         Variant("null-uring", "null", ("--io=uring", "--threads=2")),
         Variant("null-uring-1thread", "null", ("--io=uring", "--threads=1")),
+        Variant("null-uring-sqpoll", "null", ("--io=uring-sqpoll", "--threads=1")),
         Variant("null-packet", "null", ("--io=packet", "--design=gaps")),
         Variant("null-packet-ring", "null", ("--io=packet-ring", "--design=gaps")),
         Variant("null-xdp", "null", ("--io=xdp", "--design=gaps")),

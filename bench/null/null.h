@@ -19,6 +19,7 @@
 // calls	readv and sendmmsg (calls.c), recvmmsg and writev (receive.c)
 // zerocopy	the same, sent with MSG_ZEROCOPY; takes `flat` or `gaps`
 // uring	everything by io_uring, reads and receives as multishot (uring.c)
+// uring-sqpoll	the same without system calls while a thread of the kernel watches the ring
 // packet	out by a packet socket on the underlay, which takes GSO frames (packet.c)
 // packet-ring	the same from a ring shared with the kernel: the TUN is read into it (packet.c)
 // xdp		both ways by an AF_XDP socket, frame by frame without checksums (xdp.c)
@@ -153,6 +154,7 @@ size_t gro_size(struct msghdr *head, size_t length);
 void run_calls(const struct options *options);
 void run_zerocopy(const struct options *options);
 void run_uring(const struct options *options);
+void run_uring_sqpoll(const struct options *options);
 void run_packet(const struct options *options);
 void run_packet_ring(const struct options *options);
 void run_xdp(const struct options *options);

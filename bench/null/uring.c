@@ -22,6 +22,15 @@ enum {
 
 enum kind { READ, RECEIVE, SEND, WRITE };
 
+// The thread that owns a ring enters the kernel, and finds completions there.
+static const struct io_uring_params entered = { .flags = IORING_SETUP_SINGLE_ISSUER |
+							 IORING_SETUP_DEFER_TASKRUN };
+
+// A thread of the kernel watches the ring, and sleeps once it saw nothing for so many ms.
+static const struct io_uring_params watched = {
+	.flags = IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_SQPOLL, .sq_thread_idle = 1
+};
+
 struct buffers {
 	struct io_uring_buf_ring *ring;
 	uint8_t *memory;
@@ -33,6 +42,7 @@ struct buffers {
 
 struct uring {
 	struct io_uring ring;
+	struct io_uring_params parameters;
 	struct encap encap;
 	struct decap decap;
 	int tun, wire;
@@ -255,11 +265,8 @@ static void turn(struct uring *u)
  */
 static void run_directions(struct uring *u, bool out, bool in)
 {
-	struct io_uring_params parameters = { .flags = IORING_SETUP_SINGLE_ISSUER |
-						       IORING_SETUP_DEFER_TASKRUN };
-
 	u->decap = (struct decap) { .group = &u->groups[0], .write = write_group, .context = u };
-	if (io_uring_queue_init_params(ENTRIES, &u->ring, &parameters))
+	if (io_uring_queue_init_params(ENTRIES, &u->ring, &u->parameters))
 		fail("io_uring_queue_init");
 	open_buffers(u, &u->reads, READ);
 	open_buffers(u, &u->receives, RECEIVE);
@@ -280,7 +287,7 @@ static void *encapsulate_forever(void *ring)
 	return NULL;
 }
 
-void run_uring(const struct options *options)
+static void run(const struct options *options, const struct io_uring_params *parameters)
 {
 	static struct uring rings[2];
 	pthread_t thread;
@@ -291,6 +298,7 @@ void run_uring(const struct options *options)
 		fail("fcntl");
 	for (int i = 0; i < options->threads; i++) {
 		encap_init(&rings[i].encap, options);
+		rings[i].parameters = *parameters;
 		rings[i].tun = options->tun;
 		rings[i].wire = wire;
 	}
@@ -300,4 +308,14 @@ void run_uring(const struct options *options)
 		run_directions(&rings[0], false, true);
 	}
 	run_directions(&rings[0], true, true);
+}
+
+void run_uring(const struct options *options)
+{
+	run(options, &entered);
+}
+
+void run_uring_sqpoll(const struct options *options)
+{
+	run(options, &watched);
 }

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import time
 from collections.abc import Iterator
 
 import pytest
 
-from bench.cases import CASES, UDP_LOAD
+from bench.cases import CASES, UDP_LOAD, what_lacks
 from bench.counters import read_counters
 from bench.machine import CpuWindow
+from bench.placement import CORES, hosts_apart
 from bench.transfer import transfer_is_intact
 from bench.variants import Stack, build, compile_tools, parse_variant
 from tests.lab.require import require_program, require_root
@@ -72,6 +74,25 @@ def test_cases_measure(stack: Stack) -> None:
     assert tcp.values["throughput"] > 0.1
     assert udp.values["rate"] > 1
     assert rtt.values["rtt_p50"] > 1
+
+
+def _cores(stack: Stack) -> list[set[int]]:
+    """Return those of what we start, and of the first program of each host with any."""
+    programs = [host.processes[0].pid for host in (stack.source, stack.sink) if host.processes]
+    return [os.sched_getaffinity(pid) for pid in (0, *programs)]
+
+
+def test_hosts_apart_have_a_core_each(stack: Stack) -> None:
+    if len(CORES) < 2:
+        assert what_lacks("rtt-apart") == "a second core"
+        return
+    steering = "/sys/class/net/eth1/queues/rx-0/rps_cpus"
+    with hosts_apart(stack):
+        assert _cores(stack) == [{CORES[0]}, {CORES[1]}]
+        assert int(stack.sink.exec("cat", steering), 16) == 1 << CORES[1]
+    assert _cores(stack) == [set(CORES), set(CORES)]
+    assert int(stack.sink.exec("cat", steering), 16) == 0
+    assert CASES["rtt-apart"].measure(stack, 1).values["rtt_p50"] > 1
 
 
 def test_cpu_window_tells_own_from_foreign() -> None:
