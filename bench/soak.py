@@ -32,6 +32,8 @@ UDP_PACKETS_PER_SECOND = 60_000
 TRANSFER_MEGABYTES = 256
 SEGMENT_BYTES = 1450 - 52  # of the overlay's MTU, without IPv4 and TCP with timestamps
 REPORT_SECONDS = 10.0
+# A queue that stands for so long, with nothing else arriving, was forgotten.
+SETTLE_MILLISECONDS = 1000
 LOADS = {
     "UDP, 8 flows": ("--size", "16-1422", "--flows", "8"),
     "UDP, fragmented": ("--size", "1423-9000", "--flows", "2", "--rate", "2000"),
@@ -71,12 +73,12 @@ def _udp(stack: Stack, name: str, packets: int) -> tuple[int, int]:
     done = subprocess.run(
         [UDP_LOAD, "--from", stack.source.name, "--to", stack.sink.name, "--port", port,
          "--address", str(stack.target), "--check", "--rate", rate, "--count", str(packets),
-         *LOADS[name]],
+         "--settle", str(SETTLE_MILLISECONDS), *LOADS[name]],
         check=True, capture_output=True, text=True,
     )
     # fmt: on
     report = json.loads(done.stdout)
-    if report["corrupt"] or report["duplicated"] or report["reordered"]:
+    if any(report[fault] for fault in ("corrupt", "duplicated", "reordered", "late")):
         raise SoakError(f"{name}: {done.stdout.strip()}")
     if not report["received"]:
         raise SoakError(f"{name}: none of {report['sent']} packets arrived")

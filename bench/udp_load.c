@@ -14,6 +14,9 @@
 // senders can, then by bisection of the rate's logarithm. A rate fails when it fails twice, because
 // one hiccup of a virtual CPU is no property of what is measured.
 //
+// What has not arrived is lost once nothing has arrived for --settle ms. If it comes later, to the
+// next trial or to another process that has the port then, it is counted there as late.
+//
 // Prints one JSON object.
 
 #define _GNU_SOURCE
@@ -49,7 +52,7 @@ enum {
 	PATTERN = 1 << 17,
 	RECEIVE_BATCH = 64,
 	SEARCH_STEPS = 7,
-	SETTLE_MS = 50,
+	SETTLE_MS = 50, // unless told
 	SOCKET_BUFFER = 8 << 20,
 	WINDOW = 1 << 16, // sequence numbers in which a duplicate is recognised
 };
@@ -72,11 +75,12 @@ struct options {
 	double rate; // packets per second, 0: search
 	double seconds;
 	uint64_t count; // packets, 0: by seconds
+	int settle_ms; // of silence, until what has not arrived is lost
 	bool check, segment;
 };
 
 struct counts {
-	_Atomic uint64_t received, reordered, duplicated, corrupt;
+	_Atomic uint64_t received, reordered, duplicated, corrupt, late;
 };
 
 struct flow {
@@ -166,8 +170,10 @@ static void receive_one(struct load *load, const uint8_t *packet, size_t length)
 		load->counts.corrupt++;
 		return;
 	}
-	if (head.trial != load->trial) // a straggler of an earlier trial
+	if (head.trial != load->trial) { // of an earlier trial, maybe another process's
+		load->counts.late++;
 		return;
+	}
 	hash = packet_hash(&head);
 	if (load->options.check &&
 	    (length != packet_size(&load->options, hash) ||
@@ -322,7 +328,7 @@ static void settle(struct load *load)
 
 	while (load->counts.received != load->sent && load->counts.received != last) {
 		last = load->counts.received;
-		sleep_ns(SETTLE_MS * 1000000ull);
+		sleep_ns((uint64_t)load->options.settle_ms * 1000000ull);
 	}
 }
 
@@ -425,7 +431,7 @@ static void usage(void)
 {
 	fputs("usage: udp_load --from NETNS --to NETNS --address A [--port P] [--size N[-M]]\n"
 	      "                [--flows N] [--threads N] [--seconds S] [--rate PPS] [--count N]\n"
-	      "                [--check] [--segment]\n",
+	      "                [--settle MS] [--check] [--segment]\n",
 	      stderr);
 	exit(2);
 }
@@ -433,19 +439,13 @@ static void usage(void)
 static void parse(int argc, char **argv, struct options *options)
 {
 	static const struct option names[] = {
-		{ "from", 1, 0, 'f' },
-		{ "to", 1, 0, 't' },
-		{ "address", 1, 0, 'a' },
-		{ "port", 1, 0, 'p' },
-		{ "size", 1, 0, 's' },
-		{ "flows", 1, 0, 'n' },
-		{ "threads", 1, 0, 'j' },
-		{ "seconds", 1, 0, 'd' },
-		{ "rate", 1, 0, 'r' },
-		{ "count", 1, 0, 'c' },
-		{ "check", 0, 0, 'k' },
-		{ "segment", 0, 0, 'g' },
-		{ 0 },
+		{ "from", 1, 0, 'f' },	  { "to", 1, 0, 't' },
+		{ "address", 1, 0, 'a' }, { "port", 1, 0, 'p' },
+		{ "size", 1, 0, 's' },	  { "flows", 1, 0, 'n' },
+		{ "threads", 1, 0, 'j' }, { "seconds", 1, 0, 'd' },
+		{ "rate", 1, 0, 'r' },	  { "count", 1, 0, 'c' },
+		{ "settle", 1, 0, 'w' },  { "check", 0, 0, 'k' },
+		{ "segment", 0, 0, 'g' }, { 0 },
 	};
 	char *end;
 	int name;
@@ -484,6 +484,9 @@ static void parse(int argc, char **argv, struct options *options)
 		case 'c':
 			options->count = strtoull(optarg, NULL, 10);
 			break;
+		case 'w':
+			options->settle_ms = atoi(optarg);
+			break;
 		case 'k':
 			options->check = true;
 			break;
@@ -496,8 +499,9 @@ static void parse(int argc, char **argv, struct options *options)
 	}
 	if (!options->from || !options->to || !options->address || options->flows < 1 ||
 	    options->flows > MAX_FLOWS || options->threads < 1 ||
-	    options->threads > options->flows || options->low < (int)sizeof(struct header) ||
-	    options->high < options->low || options->high > MAX_SIZE ||
+	    options->threads > options->flows || options->settle_ms < 1 ||
+	    options->low < (int)sizeof(struct header) || options->high < options->low ||
+	    options->high > MAX_SIZE ||
 	    (options->segment &&
 	     (options->low != options->high || options->low * BATCH > MAX_SIZE)))
 		usage();
@@ -505,7 +509,13 @@ static void parse(int argc, char **argv, struct options *options)
 
 int main(int argc, char **argv)
 {
-	struct load load = { .options = { .port = 9, .flows = 1, .threads = 1, .seconds = 3 } };
+	struct load load = { .options = { .port = 9,
+					  .flows = 1,
+					  .threads = 1,
+					  .seconds = 3,
+					  .settle_ms = SETTLE_MS },
+			     // Not one that a process before used: its packets may still come.
+			     .trial = (uint16_t)(now_ns() >> 20) };
 	uint64_t random = 1;
 	pthread_t receiver;
 	double rate;
@@ -528,8 +538,9 @@ int main(int argc, char **argv)
 		rate = search(&load);
 	}
 	printf("{\"rate\": %.0f, \"sent\": %lu, \"received\": %lu, \"reordered\": %lu, "
-	       "\"duplicated\": %lu, \"corrupt\": %lu, \"refused\": %lu, \"seconds\": %.3f}\n",
+	       "\"duplicated\": %lu, \"corrupt\": %lu, \"late\": %lu, \"refused\": %lu, "
+	       "\"seconds\": %.3f}\n",
 	       rate, load.sent, load.counts.received, load.counts.reordered, load.counts.duplicated,
-	       load.counts.corrupt, load.refused, (double)load.send_ns / 1e9);
+	       load.counts.corrupt, load.counts.late, load.refused, (double)load.send_ns / 1e9);
 	return 0;
 }

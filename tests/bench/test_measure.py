@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -16,6 +18,7 @@ from bench.machine import CpuWindow
 from bench.placement import CORES, hosts_apart
 from bench.transfer import transfer_is_intact
 from bench.variants import Stack, build, compile_tools, parse_variant
+from tests.lab.hosts import wait_until
 from tests.lab.require import require_program, require_root
 
 pytestmark = pytest.mark.alone
@@ -67,6 +70,25 @@ def test_udp_load_sees_loss_and_changed_bytes(stack: Stack) -> None:
         nft("nft", "delete table ip t")
     assert report["sent"] - report["received"] - report["corrupt"] == 2000
     assert report["corrupt"] == 2000
+
+
+LATE = """
+import socket, struct
+sink = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+for trial in range(0, 65536, 4096):
+    sink.sendto(struct.pack("=IHHQ", 0x70667564, trial, 0, 7), ("{address}", 9))
+"""
+
+
+def test_udp_load_knows_its_own_packets(stack: Stack) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        loading = pool.submit(_load, stack, *CHECKED, "--size", "64")
+        wait_until(lambda: "*:9 " in stack.sink.exec("ss", "-Hlun").replace("0.0.0.0", "*"), "sink")
+        stack.source.exec(sys.executable, "-c", LATE.format(address=stack.target))
+        report = loading.result()
+    # One of them may have the number of the trial that runs.
+    assert report["late"] >= 15
+    assert report["sent"] == report["received"] == 20000
 
 
 def test_cases_measure(stack: Stack) -> None:
