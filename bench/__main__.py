@@ -100,7 +100,7 @@ class Bench:
     def __init__(self, given: argparse.Namespace) -> None:
         self._given = given
         self._common = tuple(shlex.split(given.ours_flags))
-        self.run = Run(describe(), given.rounds, given.seconds)
+        self.run = Run(describe(), given.seconds)
         self._done = 0
         self._total = sum(
             len(suite.modes) * given.rounds * len(suite.cases) * len(suite.variants)

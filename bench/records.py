@@ -47,7 +47,6 @@ class Run:
     """All records of one invocation; `absent`: what could not be measured, and why."""
 
     machine: dict[str, str]
-    rounds: int
     seconds: float
     records: list[Record] = field(default_factory=list)
     absent: list[str] = field(default_factory=list)
@@ -84,6 +83,11 @@ class Table:
     def variants(self) -> list[str]:
         """Their names, in the order of the first round."""
         return list(dict.fromkeys(one.variant for one in self.records))
+
+    @property
+    def rounds(self) -> int:
+        """How many there were."""
+        return len({one.turn for one in self.records})
 
     @property
     def rows(self) -> list[tuple[str, str]]:

@@ -69,14 +69,15 @@ def _aligned(lines: Sequence[Sequence[str]], separator: str) -> list[str]:
 
 def _about(run: Run) -> str:
     machine = ", ".join(f"{name} {value}" for name, value in run.machine.items())
-    return f"{run.rounds} rounds of {run.seconds:g} s in turns; {machine}"
+    return f"Samples of {run.seconds:g} s in turns; {machine}"
 
 
 def text(run: Run) -> str:
     """Return the tables for a terminal."""
     lines = [_about(run), LEGEND, *run.absent]
     for table in run.tables():
-        lines += ["", f"underlay {table.mode}", *_aligned(cells(table), "  ")]
+        head = f"underlay {table.mode}, {table.rounds} rounds"
+        lines += ["", head, *_aligned(cells(table), "  ")]
     return "\n".join(lines)
 
 
@@ -87,7 +88,8 @@ def markdown(run: Run) -> str:
     lines += ["", *(f"* not measured: {sentence}" for sentence in run.absent)] * bool(run.absent)
     for table in run.tables():
         head, *body = cells(table)
-        lines += ["", f"## {titles.get(table.suite, table.suite)} (`{table.mode}`)", ""]
+        title = titles.get(table.suite, table.suite)
+        lines += ["", f"## {title} (`{table.mode}`, {table.rounds} rounds)", ""]
         lines += [f"|{line}|" for line in _aligned([head, ["---"] * len(head), *body], "|")]
     return "\n".join(lines) + "\n"
 

@@ -26,7 +26,7 @@ def _run() -> Run:
             replace(base, turn=turn, case="rtt", values={"rtt_p50": 80.0}, round_trips=[79, 81]),
         )
     ]
-    return Run({"kernel": "6.18"}, 2, 4, records, ["tcp1-bbr: no bbr"])
+    return Run({"kernel": "6.18"}, 4, records, ["tcp1-bbr: no bbr"])
 
 
 def test_a_run_survives_its_file(tmp_path: Path) -> None:
@@ -42,6 +42,7 @@ def test_tables_pair_rounds() -> None:
     assert "3 x2.00" in text
     assert "tcp1-bbr: no bbr" in text
     assert "kernel 6.18" in text
+    assert "(`wire`, 2 rounds)" in text
 
 
 def test_a_variant_that_missed_a_round_is_paired_with_what_there_is() -> None:
