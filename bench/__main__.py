@@ -14,8 +14,8 @@ from pathlib import Path
 from bench import report
 from bench.cases import CASES, what_lacks
 from bench.counters import read_counters
-from bench.machine import describe, end_on_sigterm, wait_for_quiet
-from bench.program import run_program, say
+from bench.machine import describe, wait_for_quiet
+from bench.program import begin, run_program, say
 from bench.records import Record, Run
 from bench.suites import QUICK, SUITES, Suite
 from bench.transfer import transfer_is_intact
@@ -183,7 +183,7 @@ class Bench:
             if not taken.cpu.disturbed:
                 break
             say(f"    others used {foreign:.0%} of a core: once more")
-            wait_for_quiet(say)
+            wait_for_quiet()
         notes = taken.notes | {name: float(count) for name, count in counted.items()}
         # fmt: off
         return Record(suite.name, mode, turn, case, stack.variant.name, taken.values, notes,
@@ -194,16 +194,12 @@ class Bench:
 def main() -> int:
     """Run the benchmark."""
     given = arguments()
-    if os.geteuid() != 0:
-        say("run it as root: it makes network namespaces")
-        return 1
-    end_on_sigterm()
+    begin()
     compile_tools()
     if given.output:
         given.output.mkdir(parents=True, exist_ok=True)
     os.nice(-10)
-    if not wait_for_quiet(say):
-        say("the machine did not become quiet; numbers below are disturbed")
+    wait_for_quiet()
     bench = Bench(given)
     for suite in given.suites:
         for mode in suite.modes:

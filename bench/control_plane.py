@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import signal
 import socket
@@ -29,8 +28,8 @@ from ipaddress import IPv4Network
 from pathlib import Path
 from statistics import median, quantiles
 
-from bench.machine import TICKS, describe, end_on_sigterm, wait_for_quiet
-from bench.program import run_program, say
+from bench.machine import TICKS, describe, wait_for_quiet
+from bench.program import begin, run_program, say
 from tests.lab.hosts import PREFIX, Lab, lab, ping, wait_until
 from tests.lab.kernel_node import program_kernel_node, start_kernel_node
 
@@ -284,12 +283,8 @@ def table(lines: list[Line]) -> str:
 def main() -> int:
     """Run the benchmark."""
     given = arguments()
-    if os.geteuid() != 0:
-        say("run it as root: it makes network namespaces")
-        return 1
-    end_on_sigterm()
-    if not wait_for_quiet(say):
-        say("the machine did not become quiet; numbers below are disturbed")
+    begin()
+    wait_for_quiet()
     with lab(2) as made:
         if not made.has_kernel_vxlan():
             say("this kernel has no vxlan device, which the other node would be")

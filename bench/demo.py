@@ -11,7 +11,7 @@ import json
 from ipaddress import IPv4Address, IPv4Network
 from statistics import median
 
-from bench.program import run_program, say
+from bench.program import begin, run_program, say
 from tests.lab.hosts import (
     Host,
     Lab,
@@ -124,6 +124,7 @@ def iperf_table(made: Lab, kernel: bool) -> None:
 
 def main() -> int:
     """Run the demo; 1 when a ping is lost."""
+    begin()
     with lab(3) as made:
         kernel = made.has_kernel_vxlan()
         start_nodes(made, kernel)

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import os
 import platform
-import signal
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
+
+from bench.program import say
 
 TICKS = os.sysconf("SC_CLK_TCK")
 FOREIGN_LIMIT = 0.12
@@ -88,8 +87,8 @@ def _foreign_processes() -> dict[tuple[int, str], float]:
     return {key: value for key, value in seconds.items() if is_foreign(key[0])}
 
 
-def wait_for_quiet(say: Callable[[str], None]) -> bool:
-    """Wait until nobody else uses the cores for a second; False when that never came."""
+def wait_for_quiet() -> None:
+    """Wait until nobody else uses the cores for a second, or say that it never came to that."""
     deadline = time.monotonic() + QUIET_DEADLINE_SECONDS
     told = False
     while True:
@@ -97,21 +96,13 @@ def wait_for_quiet(say: Callable[[str], None]) -> bool:
         time.sleep(1)
         use = window.end()
         if not use.disturbed:
-            return True
+            return
         if time.monotonic() > deadline:
-            return False
+            say("the machine did not become quiet; numbers below are disturbed")
+            return
         if not told:
             say(f"others use {use.foreign / use.elapsed:.0%} of a core; waiting for quiet")
             told = True
-
-
-def end_on_sigterm() -> None:
-    """Let SIGTERM unwind as an exit does, so that everything made is removed."""
-
-    def end(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    signal.signal(signal.SIGTERM, end)
 
 
 def describe() -> dict[str, str]:

@@ -1,15 +1,29 @@
-"""What the programs of this folder share: how they speak, and how they end."""
+"""What the programs of this folder share: how they begin, speak, and end."""
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import NoReturn
 
 
 def say(text: str) -> None:
     """Print at once, also into a pipe."""
     print(text, flush=True)
+
+
+def begin() -> None:
+    """Before anything is made: it takes root, and SIGTERM is to unwind as an exit does."""
+    if os.geteuid() != 0:
+        sys.exit("run it as root: it makes network namespaces")
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, end)
 
 
 def run_program(main: Callable[[], int]) -> NoReturn:

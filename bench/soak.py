@@ -22,8 +22,7 @@ from itertools import count
 
 from bench.cases import UDP_LOAD
 from bench.counters import read_counters
-from bench.machine import end_on_sigterm
-from bench.program import say
+from bench.program import begin, run_program, say
 from bench.transfer import CHUNK, transfer_is_intact
 from bench.variants import Stack, build, compile_tools, parse_variant
 
@@ -144,7 +143,7 @@ def run(packets: int, say: Callable[[str], None]) -> Progress:
 
 def main() -> int:
     """Run with the number of packets from the command line."""
-    end_on_sigterm()
+    begin()
     try:
         say(f"done: {run(int(sys.argv[1]), say)}")
     except SoakError as error:
@@ -154,4 +153,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)
