@@ -5,7 +5,7 @@
 #include "decap.h"
 #include "encap.h"
 
-#define TUN_QUEUES_MAX 64
+#define TUN_QUEUES_MAX 255 /* the kernel has 256 (MAX_TAP_QUEUES), one of them detached */
 #define RECEIVE_SOCKETS_MAX 64
 #define SOURCES_MAX (TUN_QUEUES_MAX + RECEIVE_SOCKETS_MAX)
 

@@ -283,7 +283,7 @@ FLAGS: tuple[Flag, ...] = (
         "how long to poll before sleeping",
         _DATA,
     ),
-    Flag("tun-queues", _number(1, 64), "64", "queues of the TUN, served in turns", _DATA),
+    Flag("tun-queues", _number(1, 255), "64", "queues of the TUN, served in turns", _DATA),
     Flag("ip-masq", SWITCH, "false", "masquerade; told in subnet.env", _TRAFFIC),
     Flag("ip-masq-fully-random-disable", SWITCH, "false", "no --random-fully", _TRAFFIC),
     Flag("iptables-forward-rules", SWITCH, "true", "accept forwarded packets", _TRAFFIC),
