@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from bench.variants import Stack
@@ -37,7 +37,8 @@ def hosts_apart(stack: Stack) -> Iterator[None]:
 def _keep_on(host: Host, cores: set[int]) -> None:
     for process in host.processes:
         for thread in Path(f"/proc/{process.pid}/task").iterdir():
-            os.sched_setaffinity(int(thread.name), cores)
+            with suppress(ProcessLookupError):  # it has ended
+                os.sched_setaffinity(int(thread.name), cores)
 
 
 def _receive_on(host: Host, cores: set[int]) -> None:

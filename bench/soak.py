@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import dataclass
@@ -121,7 +121,7 @@ def soak(stack: Stack, packets: int) -> Iterator[Progress]:
             yield Progress(received, lost, time.monotonic() - began)
 
 
-def run(packets: int, say: Callable[[str], None]) -> Progress:
+def run(packets: int) -> Progress:
     """Soak two daemons; SoakError when something was changed or dropped for a wrong reason."""
     compile_tools()
     with closing(build(parse_variant("ours"), "wire-nocsum")) as stack:
@@ -145,7 +145,7 @@ def main() -> int:
     """Run with the number of packets from the command line."""
     begin()
     try:
-        say(f"done: {run(int(sys.argv[1]), say)}")
+        say(f"done: {run(int(sys.argv[1]))}")
     except SoakError as error:
         say(f"FAILED: {error}")
         return 1

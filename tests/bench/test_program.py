@@ -18,8 +18,8 @@ from bench.program import begin, run_program, say
 
 def main():
     begin()
-    say("begun")
     try:
+        say("begun")
         time.sleep(60)
     finally:
         say("removed")

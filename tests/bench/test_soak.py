@@ -23,7 +23,7 @@ def needs() -> None:
 
 
 def test_nothing_is_changed_on_the_way() -> None:
-    progress = run(PACKETS, print)
+    progress = run(PACKETS)
     assert progress.total >= PACKETS
     assert set(progress.received) == {*LOADS, "TCP"}
 
