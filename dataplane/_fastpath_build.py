@@ -13,6 +13,7 @@ from cffi import FFI
 
 FOLDER = "src/pyflannel/dataplane"
 C_FILES = (
+    "backlog",
     "check",
     "checksum",
     "decap",

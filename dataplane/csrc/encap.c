@@ -13,6 +13,9 @@
  * segment will be, at the places that the last super-packet of the queue had. When the guess was
  * wrong the payload is moved once.
  *
+ * A queue in which bulk and something else are mixed is read to its end, and the bulk waits in the
+ * arena (csrc/backlog.c) while the rest is sent.
+ *
  * When a socket's send buffer is full, the batch stays where it is and nothing is read until there
  * is room: the queue is then the TUN's.
  */
@@ -21,19 +24,17 @@
 
 #include <errno.h>
 #include <math.h>
-#include <stdlib.h>
-#include <sys/mman.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
 #include "ecn.h"
 
 #define PACKET_MAX 65535
-#define ARENA_BYTES (1024 * 1024)
 #define BATCH_BYTES (128 * 1024)
 #define READS_PER_BATCH 64
-/* Of one read: a full packet in segments of the smallest MSS that Linux sends (48) makes 22. */
-#define SENDS_PER_READ 24
+#define READS_AHEAD 256
+/* How long a queue counts as mixed after it was seen to be. */
+#define MIXED_NS (2000 * 1000 * 1000ULL)
 /* Segments that one readv() puts in their places; what is behind them comes in one piece. */
 #define READ_SEGMENTS 64
 /* Below this the headers could be cut by a guess, and many pieces are slower than moving the
@@ -44,6 +45,11 @@
 /* How long a queue may stand, and the time between the first two marks. */
 #define TARGET_NS (1000 * 1000)
 #define INTERVAL_NS (10 * 1000 * 1000)
+
+/* A packet with the most segments, each with a push and headers, behind a gap for alignment. */
+static_assert(PACKET_MAX + (DATAGRAMS_PER_ADD + 1) * (PUSH + GSO_HEADERS_MAX) + CACHE_LINE <=
+		      PACKET_ROOM,
+	      "what a packet becomes has room");
 
 static void drop(struct encap_side *side, int reason, size_t packets)
 {
@@ -112,16 +118,37 @@ static void guess(struct tun_queue *queue, const struct gso *gso)
 	}
 }
 
+/* Whether packets of a queue had to wait for bulk of another flow a moment ago. */
+static bool is_mixed(const struct tun_queue *queue, uint64_t now)
+{
+	return queue->mixed && now - queue->mixed < MIXED_NS;
+}
+
+/*
+ * A packet was read. Super-packets are bulk themselves: between two such flows none is to overtake,
+ * and what waits leaves the cache.
+ */
+static void note_flow(struct tun_queue *queue, uint32_t flow, bool is_super_packet, uint64_t now)
+{
+	if (flow == queue->flow)
+		return;
+	queue->flow = flow;
+	if (!is_super_packet && (queue->standing_since || queue->waiting))
+		queue->mixed = now;
+}
+
 /*
  * Whether a packet that can carry a congestion mark gets one. A local sender is not held back by
  * the TUN, which disowns its packets, so it fills the queue up to its window: milliseconds for all
  * who share it. The rule is CoDel's (RFC 8289), with the time since the queue was last empty for
- * the sojourn time, which the TUN does not tell. Packets of senders that do not know marks are not
+ * the sojourn time, which the TUN does not tell. A flow that is alone in its queue is not marked,
+ * as it would send less for nobody's good; and packets of senders that do not know marks are not
  * dropped: a loss costs more than it brings here.
  */
 static bool must_mark(struct encap_side *side, struct tun_queue *queue)
 {
-	if (!queue->standing_since || side->now - queue->standing_since < TARGET_NS)
+	if (!queue->standing_since || side->now - queue->standing_since < TARGET_NS ||
+	    !is_mixed(queue, side->now))
 		return false;
 	if (queue->marks && side->now < queue->next_mark)
 		return false;
@@ -131,83 +158,124 @@ static bool must_mark(struct encap_side *side, struct tun_queue *queue)
 }
 
 /*
- * Where the next packet goes: behind the others, and a super-packet so that its payload begins a
- * cache line, which makes its checksums a third faster.
+ * Where in the room for a packet it begins: a super-packet so that its payload begins a cache line,
+ * which makes its checksums a third faster.
  */
-static size_t start_of(const struct encap_side *side, const struct tun_queue *queue)
+static uint8_t *start_in(uint8_t *room, const struct tun_queue *queue)
 {
 	size_t headers = PUSH + queue->headers;
+	uintptr_t at = (uintptr_t)room;
 
 	if (!queue->size)
-		return side->used;
-	return (side->used + headers + CACHE_LINE - 1) / CACHE_LINE * CACHE_LINE - headers;
+		return room;
+	return room + ((at + headers + CACHE_LINE - 1) / CACHE_LINE * CACHE_LINE - headers - at);
 }
 
-/* Read one packet and put it on the way. Return: bytes read, 0 when there is none, or -errno */
-static ssize_t take_packet(struct encap_side *side, struct tun_queue *queue, size_t *packets)
+/* Push what encapsulation adds, and have a packet's datagrams sent with the next flush. */
+static void send_packet(struct encap_side *side, const struct encap *encap,
+			const struct waiting *packet)
 {
-	uint8_t *datagram = side->arena + start_of(side, queue);
-	uint8_t *packet = datagram + PUSH;
-	struct vnet_header vnet;
-	struct encap encap;
-	struct gso gso;
-	size_t length, stride, total;
-	ssize_t got = read_packet(queue, packet, &vnet);
+	for (size_t i = 0; i < packet->datagrams; i++)
+		memcpy(packet->datagram + i * packet->size, &encap->peer->push, PUSH);
+	sender_add(&side->sender, encap, packet->datagram, packet->datagrams, packet->total,
+		   packet->size);
+}
 
-	if (got < 0)
-		return errno == EAGAIN ? 0 : -errno;
-	count_up(&side->counters.tun_reads, 1);
-	*packets += 1;
-	if (got < (ssize_t)sizeof(vnet)) {
+/*
+ * Make the datagrams of a packet of @got bytes, the vnet header included, that was read to
+ * @datagram + PUSH. Return: whether it is sound; if not, it is counted
+ */
+static bool make_datagrams(struct encap_side *side, struct tun_queue *queue, uint8_t *datagram,
+			   size_t got, const struct vnet_header *vnet, struct encap *encap,
+			   struct waiting *packet)
+{
+	uint8_t *ip = datagram + PUSH;
+	struct gso gso;
+	size_t length;
+
+	if (got < sizeof(*vnet)) {
 		drop(side, FP_DROP_ENCAP_MALFORMED, 1);
-		return 1;
+		return false;
 	}
-	length = (size_t)got - sizeof(vnet);
-	encap_packet(side->ctx, packet, length, &encap);
-	if (encap.drop >= 0) {
-		drop(side, encap.drop, 1);
-		return got;
+	encap_packet(side->ctx, ip, got - sizeof(*vnet), encap);
+	if (encap->drop >= 0) {
+		drop(side, encap->drop, 1);
+		return false;
 	}
-	length = encap.flow.length;
-	if (!gso_parse(&vnet, packet, &encap.flow, &gso)) {
+	length = encap->flow.length;
+	if (!gso_parse(vnet, ip, &encap->flow, &gso) || gso.segments > DATAGRAMS_PER_ADD) {
 		drop(side, FP_DROP_ENCAP_MALFORMED, 1);
-		return got;
+		return false;
 	}
-	stride = PUSH + gso.headers + gso.size;
-	total = length + gso.segments * PUSH + (gso.segments - 1) * gso.headers;
-	if (total > (size_t)(side->arena + ARENA_BYTES - datagram) ||
-	    gso.segments > (SENDS_PER_READ - 1) * DATAGRAMS_PER_SEND) {
-		drop(side, FP_DROP_ENCAP_MALFORMED, 1);
-		return got;
-	}
-	if ((gso.segments > 1 ? stride : total) > SEND_BYTES) {
+	*packet = (struct waiting) {
+		.queue = queue,
+		.datagram = datagram,
+		.datagrams = gso.segments,
+		.total = length + gso.segments * PUSH + (gso.segments - 1) * gso.headers,
+		.flow = encap->flow.hash,
+	};
+	packet->size = gso.segments > 1 ? PUSH + gso.headers + gso.size : packet->total;
+	if (packet->size > SEND_BYTES) {
 		drop(side, FP_DROP_SEND_SIZE, 1);
-		return got;
+		return false;
 	}
 	if (!guessed(queue, &gso, length)) {
-		join_pieces(queue, packet, length);
+		join_pieces(queue, ip, length);
 		if (gso.segments > 1)
-			gso_spread(&gso, packet, PUSH);
+			gso_spread(&gso, ip, PUSH);
 	}
 	guess(queue, &gso);
-	if (encap.flow.ecn != ECN_NOT_ECT && must_mark(side, queue)) {
-		flow_set_ecn(packet, get_be16(encap.peer->push.eth.type), ECN_CE);
-		encap.outer_tos = ecn_push(ECN_CE);
+	note_flow(queue, packet->flow, gso.segments > 1, side->now);
+	if (encap->flow.ecn != ECN_NOT_ECT && must_mark(side, queue)) {
+		flow_set_ecn(ip, get_be16(encap->peer->push.eth.type), ECN_CE);
+		encap->outer_tos = ecn_push(ECN_CE);
 		count_up(&side->counters.congestion_marks, 1);
 	}
 	if (gso.protocol) {
-		gso_fill(&gso, packet, PUSH);
-	} else if (!gso_complete_checksum(&vnet, packet, &encap.flow)) {
+		gso_fill(&gso, ip, PUSH);
+	} else if (!gso_complete_checksum(vnet, ip, &encap->flow)) {
 		drop(side, FP_DROP_ENCAP_MALFORMED, 1);
-		return got;
+		return false;
 	}
-	for (size_t i = 0; i < gso.segments; i++)
-		memcpy(datagram + i * stride, &encap.peer->push, PUSH);
-	*packets += gso.segments - 1;
-	side->used = (size_t)(datagram + total - side->arena);
-	sender_add(&side->sender, &encap, datagram, gso.segments, total,
-		   gso.segments > 1 ? stride : total);
-	return got;
+	return true;
+}
+
+/* What a batch has read. */
+struct batch {
+	bool overtakes; /* what comes may overtake what waits */
+	bool emptied; /* nothing is left in the queue */
+	size_t packets;
+	size_t bytes; /* on the way */
+};
+
+/* Read one packet and put it on the way, or have it wait. Return: 0, or an errno */
+static int take_packet(struct encap_side *side, struct tun_queue *queue, uint8_t *room,
+		       struct batch *batch)
+{
+	uint8_t *datagram = start_in(room, queue);
+	struct vnet_header vnet;
+	struct waiting packet;
+	struct encap encap;
+	ssize_t got = read_packet(queue, datagram + PUSH, &vnet);
+
+	if (got <= 0) {
+		batch->emptied = got == 0 || errno == EAGAIN;
+		return batch->emptied ? 0 : errno;
+	}
+	count_up(&side->counters.tun_reads, 1);
+	batch->packets++;
+	if (!make_datagrams(side, queue, datagram, (size_t)got, &vnet, &encap, &packet))
+		return 0;
+	batch->packets += packet.datagrams - 1;
+	backlog_use(&side->backlog, datagram + packet.total);
+	if (backlog_must_wait(&side->backlog, packet.flow, packet.total, batch->overtakes)) {
+		queue->waiting++;
+		backlog_add(&side->backlog, &packet);
+	} else {
+		send_packet(side, &encap, &packet);
+		batch->bytes += packet.total;
+	}
+	return 0;
 }
 
 /* A queue was seen empty, or not, at the end of a batch. */
@@ -232,37 +300,83 @@ bool encap_flush(struct encap_side *side)
 	bool sent = sender_flush(&side->sender);
 
 	if (sent)
-		side->used = 0;
+		backlog_release(&side->backlog);
 	return sent;
 }
 
-/* Move a batch of one queue. Return: packets, or -errno */
+/* Read a batch of a queue. Return: 0, or an errno */
+static int read_batch(struct encap_side *side, struct tun_queue *queue, struct batch *batch)
+{
+	unsigned int most = READS_PER_BATCH;
+	int err = 0;
+
+	queue->served = side->now;
+	batch->overtakes = side->reads_ahead && is_mixed(queue, side->now);
+	if (batch->overtakes) {
+		backlog_begin(&side->backlog);
+		most = READS_AHEAD;
+	}
+	while (!err && !batch->emptied && most-- && batch->bytes < BATCH_BYTES &&
+	       sender_has_room(&side->sender)) {
+		uint8_t *room = backlog_room(&side->backlog);
+
+		if (!room)
+			break;
+		err = take_packet(side, queue, room, batch);
+	}
+	note_standing(queue, batch->emptied, side->now);
+	return err;
+}
+
+/* Put a batch of what waits on the way; where it goes now is looked up anew. */
+static void send_waiting(struct encap_side *side)
+{
+	size_t bytes = 0;
+
+	while (side->backlog.count && bytes < BATCH_BYTES && sender_has_room(&side->sender)) {
+		struct waiting packet = backlog_take(&side->backlog);
+		struct encap encap;
+
+		packet.queue->waiting--;
+		encap_packet(side->ctx, packet.datagram + PUSH,
+			     (packet.datagrams > 1 ? packet.size : packet.total) - PUSH, &encap);
+		if (encap.drop >= 0) {
+			drop(side, encap.drop, packet.datagrams);
+			continue;
+		}
+		send_packet(side, &encap, &packet);
+		bytes += packet.total;
+	}
+}
+
+/* Move a batch of @queue, unless it is NULL, and one of what waits. Return: packets, or -errno */
 static int encap_batch(struct encap_side *side, struct tun_queue *queue)
 {
-	size_t packets = 0;
-	ssize_t got = 0;
+	struct batch batch = { 0 };
+	int err = 0;
+	bool sent;
 
-	side->now = queue->served = now_ns();
+	side->now = now_ns();
 	fib_enter(side->ctx->fib, &side->reader);
-	for (unsigned int i = 0; i < READS_PER_BATCH && side->used < BATCH_BYTES &&
-				 side->sender.sends <= SENDS - SENDS_PER_READ;
-	     i++) {
-		got = take_packet(side, queue, &packets);
-		if (got <= 0)
-			break;
+	if (queue)
+		err = read_batch(side, queue, &batch);
+	sent = encap_flush(side);
+	if (sent && encap_has_waiting(side)) {
+		send_waiting(side);
+		sent = encap_flush(side);
 	}
-	note_standing(queue, got == 0, side->now);
-	if (!encap_flush(side))
+	if (!sent)
 		sender_forget_peers(&side->sender);
 	fib_leave(&side->reader);
-	return got < 0 && !packets ? (int)got : (int)packets;
+	return err && !batch.packets ? -err : (int)batch.packets;
 }
 
 /**
- * encap_turn() - Move a batch of a queue, without blocking
- * @side: Side that no other thread is in
+ * encap_turn() - Move a batch of a queue, and one of what waits, without blocking
+ * @side:  Side that no other thread is in
+ * @queue: NULL for none
  *
- * Return: packets moved, or -EBADFD when the TUN device is gone
+ * Return: packets read, or -EBADFD when the TUN device is gone
  */
 int encap_turn(struct encap_side *side, struct tun_queue *queue)
 {
@@ -287,12 +401,9 @@ int encap_open(struct encap_side *side, struct fp_ctx *ctx, const struct fp_io *
 	int err;
 
 	side->ctx = ctx;
-	side->arena =
-		mmap(NULL, ARENA_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-	if (side->arena == MAP_FAILED) {
-		side->arena = NULL;
-		return ENOMEM;
-	}
+	err = backlog_open(&side->backlog);
+	if (err)
+		return err;
 	err = sender_open(&side->sender, io, epoll_fd, key, &side->counters);
 	if (err)
 		return err;
@@ -306,17 +417,23 @@ void encap_close(struct encap_side *side)
 {
 	if (side->registered)
 		fib_reader_remove(side->ctx->fib, &side->reader);
-	if (side->arena)
-		munmap(side->arena, ARENA_BYTES);
+	backlog_close(&side->backlog);
 }
 
 /**
- * encap_drain() - Send what is held for sockets that were full
+ * encap_drain() - Send what is held for sockets that were full, and what waits
  * @side:       Side that no thread is in
  * @timeout_ms: How long to wait for room each time; what is held then is lost
  */
 void encap_drain(struct encap_side *side, int timeout_ms)
 {
-	while (!encap_flush(side) && sender_wait(&side->sender, timeout_ms))
-		;
+	for (;;) {
+		while (!encap_flush(side)) {
+			if (!sender_wait(&side->sender, timeout_ms))
+				return;
+		}
+		if (!encap_has_waiting(side))
+			return;
+		encap_batch(side, NULL);
+	}
 }

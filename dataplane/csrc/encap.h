@@ -2,6 +2,7 @@
 #ifndef PYFLANNEL_ENCAP_H
 #define PYFLANNEL_ENCAP_H
 
+#include "backlog.h"
 #include "context.h"
 #include "gso.h"
 #include "send.h"
@@ -15,6 +16,9 @@ struct tun_queue {
 	uint64_t standing_since; /* not empty since then; 0: it was */
 	uint64_t next_mark;
 	unsigned int marks; /* since the queue was last empty */
+	uint32_t flow; /* hash of the last packet's */
+	uint64_t mixed; /* when one that is not bulk last came behind what stood, ns */
+	unsigned int waiting; /* packets that were read and wait for their turn */
 };
 
 /* The way from the TUN to the wire. One thread at a time is in it. */
@@ -23,8 +27,8 @@ struct encap_side {
 	struct fib_reader reader;
 	bool registered; /* as a reader */
 	uint64_t now; /* at the begin of the batch, ns */
-	uint8_t *arena;
-	size_t used; /* of the arena */
+	bool reads_ahead; /* where flows are mixed */
+	struct backlog backlog;
 	struct sender sender;
 	struct fp_counters counters;
 };
@@ -42,10 +46,16 @@ static inline bool encap_is_blocked(const struct encap_side *side)
 	return side->sender.blocked;
 }
 
-/* Whether anything that was read is not sent yet. */
+/* Whether anything that was to be sent is still here. */
 static inline bool encap_holds(const struct encap_side *side)
 {
 	return side->sender.sends;
+}
+
+/* Whether packets wait that were read ahead. */
+static inline bool encap_has_waiting(const struct encap_side *side)
+{
+	return side->backlog.count;
 }
 
 #endif

@@ -48,7 +48,7 @@ int lane_add(struct lane *lane, struct source *source)
 /**
  * lane_move() - Give a source of @from, whose thread calls, to @to
  *
- * A TUN queue stays while a packet of it waits for a full socket.
+ * A TUN queue stays while a packet of it waits, for a full socket or for others.
  *
  * Return: 0, or an errno
  */
@@ -56,7 +56,7 @@ int lane_move(struct lane *from, struct lane *to, struct source *source)
 {
 	int err;
 
-	if (source->queue && encap_holds(&from->encap))
+	if (source->queue && (source->queue->waiting || encap_holds(&from->encap)))
 		return 0;
 	err = watch(from, EPOLL_CTL_DEL, source, 0);
 	if (err)
@@ -110,7 +110,8 @@ static int note_ready(struct lane *lane, struct source *source, uint32_t events)
 int lane_wait(struct lane *lane, int timeout_ms)
 {
 	struct epoll_event event[EVENTS];
-	int count = epoll_wait(lane->epoll_fd, event, EVENTS, timeout_ms);
+	bool waits = encap_has_waiting(&lane->encap) && !encap_is_blocked(&lane->encap);
+	int count = epoll_wait(lane->epoll_fd, event, EVENTS, waits ? 0 : timeout_ms);
 	bool has_room = false;
 
 	lane->queue = NULL;
@@ -130,12 +131,12 @@ int lane_wait(struct lane *lane, int timeout_ms)
 	}
 	if (has_room && encap_flush(&lane->encap))
 		unmute_all(lane);
-	return count < 0 ? 0 : count;
+	return (count < 0 ? 0 : count) + waits;
 }
 
 /**
- * lane_turn() - Move a batch of each socket and of the queue that lane_wait() found, without
- * blocking
+ * lane_turn() - Move a batch of each socket and of the queue that lane_wait() found, and of what
+ * waits, without blocking
  * @lane:    Lane that no other thread is in
  * @batches: At most so many of a receive socket that is alone
  *
@@ -153,12 +154,13 @@ int lane_turn(struct lane *lane, unsigned int batches)
 		source->packets += (size_t)moved;
 		total += moved;
 	}
-	if (!lane->queue)
+	if (!lane->queue && !encap_has_waiting(&lane->encap))
 		return total;
-	moved = encap_turn(&lane->encap, lane->queue->queue);
+	moved = encap_turn(&lane->encap, lane->queue ? lane->queue->queue : NULL);
 	if (moved < 0)
 		return moved;
-	lane->queue->packets += (size_t)moved;
+	if (lane->queue)
+		lane->queue->packets += (size_t)moved;
 	return total + moved;
 }
 

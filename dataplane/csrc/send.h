@@ -11,6 +11,10 @@
 #define PIECES 256
 /* UDP_MAX_SEGMENTS of kernels before 6.9. */
 #define DATAGRAMS_PER_SEND 64
+/* Of one sender_add(): a full packet in segments of the smallest MSS that Linux sends (48)
+ * makes 22. */
+#define SENDS_PER_ADD 24
+#define DATAGRAMS_PER_ADD ((SENDS_PER_ADD - 1) * DATAGRAMS_PER_SEND)
 /* The longest UDP payload over IPv4. */
 #define SEND_BYTES 65507
 
@@ -56,6 +60,12 @@ struct sender {
 	struct piece piece[PIECES];
 	struct send send[SENDS];
 };
+
+/* Whether one sender_add() more may be called before a flush. */
+static inline bool sender_has_room(const struct sender *sender)
+{
+	return sender->sends <= SENDS - SENDS_PER_ADD && sender->pieces <= PIECES - SENDS_PER_ADD;
+}
 
 int sender_open(struct sender *sender, const struct fp_io *io, int epoll_fd, uint64_t key,
 		struct fp_counters *counters);

@@ -509,6 +509,9 @@ int fp_worker_start(struct fp_worker *worker, int threads)
 	assert(worker->threads == 0 && threads >= 1 && threads <= LANES);
 	worker->threads = threads;
 	err = watch_stop(worker, EPOLL_CTL_ADD);
+	/* Where bulk does not stay it need not wait, and what waits cannot change hands. */
+	for (int i = 0; i < LANES; i++)
+		worker->lane[i].encap.reads_ahead = i != FIRST || !is_adaptive(worker);
 	if (!err && threads == 2)
 		err = move_sockets(worker);
 	sigfillset(&all);
@@ -521,14 +524,15 @@ int fp_worker_start(struct fp_worker *worker, int threads)
 	return err;
 }
 
-/* Have every source in the first lane again. */
+/* Send what waits, and have every source in the first lane again. */
 static void gather_sources(struct fp_worker *worker)
 {
-	for (int i = FIRST + 1; i < LANES; i++) {
+	for (int i = 0; i < LANES; i++) {
 		struct lane *lane = &worker->lane[i];
 
+		lane->encap.reads_ahead = false;
 		encap_drain(&lane->encap, DRAIN_MS);
-		for (unsigned int s = 0; s < worker->sources; s++) {
+		for (unsigned int s = 0; i != FIRST && s < worker->sources; s++) {
 			if (lane->has[s])
 				lane_move(lane, &worker->lane[FIRST], &worker->source[s]);
 		}

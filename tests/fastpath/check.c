@@ -88,6 +88,7 @@ int main(int argc, char **argv)
 	if (argc == 4)
 		return write_corpus(argv[2], atoi(argv[3]));
 	check_checksum();
+	check_backlog();
 	check_fib();
 	for (size_t i = 0; i < sizeof(invariants) / sizeof(invariants[0]); i++) {
 		for (int number = 0; number < INPUTS; number++) {

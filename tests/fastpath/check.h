@@ -38,6 +38,7 @@ void make_segment_input(struct input *input);
 void make_coalesce_input(struct input *input);
 void make_decap_input(struct input *input);
 
+void check_backlog(void);
 void check_checksum(void);
 void check_fib(void);
 void check_handover(void);
