@@ -24,7 +24,7 @@
  * they come by one socket, as one of them may be waiting behind the other's bulk.
  *
  * A thread that has had packets goes on polling for `poll_us` before it sleeps: the next packet
- * then costs no wake-up.
+ * then costs no wake-up. Whoever else wants the core has it between two looks.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -294,8 +294,10 @@ static int rest(struct shift *shift, int timeout_ms)
 	int ready = 0;
 
 	atomic_store_explicit(&shift->turned_ms, began / 1000000, memory_order_relaxed);
-	while (!ready && poll_ns && now_ns() < shift->last + poll_ns)
+	while (!ready && poll_ns && now_ns() < shift->last + poll_ns) {
+		sched_yield();
 		ready = lane_wait(shift->lane, 0);
+	}
 	if (!ready)
 		ready = lane_wait(shift->lane, timeout_ms);
 	shift->idle += now_ns() - began;

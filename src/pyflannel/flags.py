@@ -280,7 +280,7 @@ FLAGS: tuple[Flag, ...] = (
         "poll-us",
         _number(0, 1_000_000, "MICROSECONDS"),
         "0",
-        "how long to poll before sleeping",
+        "how long to poll before sleeping, leaving the core to others that want it",
         _DATA,
     ),
     Flag("tun-queues", _number(1, 255), "64", "queues of the TUN, served in turns", _DATA),

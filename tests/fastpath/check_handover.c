@@ -2,7 +2,7 @@
 /*
  * A source changes hands between two threads: it must never be lost, be in both lanes, or reorder a
  * flow, and what carries little must come back to the first lane. Threads are raised while several
- * flows are mixed in what they have.
+ * flows are mixed in what they have, and poll for no longer than they are told to.
  */
 #define _GNU_SOURCE
 #include "check.h"
@@ -18,6 +18,7 @@
 #define CYCLES 10
 #define MORE 1000 /* packets once a source has been given away */
 #define PAYLOAD 32
+#define POLL_MS 100
 
 struct host {
 	struct fp_ctx *ctx;
@@ -252,6 +253,39 @@ static void check_priority(int threads, const char *thread, uint16_t port, int s
 	close_host(&host);
 }
 
+/* Return: CPU time of the first thread so far, ns */
+static uint64_t time_of_first(const struct host *host)
+{
+	struct timespec used;
+	clockid_t clock;
+
+	HOLDS(pthread_getcpuclockid(host->worker->shift[0].thread, &clock) == 0);
+	HOLDS(clock_gettime(clock, &used) == 0);
+	return (uint64_t)used.tv_sec * 1000000000 + (uint64_t)used.tv_nsec;
+}
+
+/* A thread polls for a while after a packet, and then sleeps. */
+static void check_polling(void)
+{
+	struct host host;
+	uint32_t number = 0;
+	uint64_t before, polled;
+
+	open_host(&host, FP_SCHEDULE_NORMAL);
+	host.worker->poll_ns = POLL_MS * 1000000ULL;
+	HOLDS(fp_worker_start(host.worker, 3) == 0);
+	before = time_of_first(&host);
+	send_next(&host, &number);
+	usleep(2 * POLL_MS * 1000);
+	polled = time_of_first(&host);
+	/* What it got of the core, beside others; a packet alone takes some 0.1 ms. */
+	HOLDS(polled - before > 1000000);
+	usleep(POLL_MS * 1000);
+	HOLDS(time_of_first(&host) - polled < 500000);
+	HOLDS(fp_worker_stop(host.worker) == 0);
+	close_host(&host);
+}
+
 void check_handover(void)
 {
 	check_changes(0);
@@ -259,4 +293,5 @@ void check_handover(void)
 	check_adaptive();
 	check_priority(2, "fp-decap", 1, 0);
 	check_priority(3, "fp-first", 0, 1);
+	check_polling();
 }
