@@ -15,7 +15,7 @@ from bench import report
 from bench.cases import CASES, what_lacks
 from bench.counters import read_counters
 from bench.machine import describe, wait_for_quiet
-from bench.program import begin, run_program, say
+from bench.program import begin, positive, run_program, say
 from bench.records import Record, Run
 from bench.suites import QUICK, SUITES, Suite
 from bench.transfer import transfer_is_intact
@@ -33,14 +33,6 @@ from tests.lab.hosts import UNDERLAYS
 ATTEMPTS = 3
 TRANSFER_MEGABYTES = 32
 RESULTS = Path(__file__).parent / "results"
-
-
-def positive(text: str) -> int:
-    """Read a whole number above 0, as iperf3 wants its seconds."""
-    number = int(text) if text.isdecimal() else 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
-    return number
 
 
 def arguments() -> argparse.Namespace:

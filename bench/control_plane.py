@@ -29,7 +29,7 @@ from pathlib import Path
 from statistics import median, quantiles
 
 from bench.machine import TICKS, describe, wait_for_quiet
-from bench.program import begin, run_program, say
+from bench.program import begin, positive, run_program, say
 from tests.lab.hosts import PREFIX, Lab, lab, ping, wait_until
 from tests.lab.kernel_node import program_kernel_node, start_kernel_node
 
@@ -264,7 +264,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--leases", type=int, help="all leases (10000; quick 1000)")
     parser.add_argument("--rate", type=float, default=1000, help="changes a second (1000)")
     parser.add_argument("--seconds", type=float, help="of the stream of changes (30; quick 10)")
-    parser.add_argument("--rounds", type=int, help="cold starts (5; quick 2)")
+    parser.add_argument("--rounds", type=positive, help="cold starts (5; quick 2)")
     parser.add_argument("--probes", type=int, help="single changes (200; quick 50)")
     given = parser.parse_args()
     given.leases = given.leases or (1000 if given.quick else 10000)

@@ -9,9 +9,9 @@ within a flow, reordered; loss is told, because UDP may lose under load.
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -22,9 +22,9 @@ from itertools import count
 
 from bench.cases import UDP_LOAD
 from bench.counters import read_counters
-from bench.program import begin, run_program, say
+from bench.program import begin, positive, run_program, say
 from bench.transfer import CHUNK, transfer_is_intact
-from bench.variants import Stack, build, compile_tools, parse_variant
+from bench.variants import Stack, Variant, build, compile_tools, parse_variant
 
 CHUNK_SECONDS = 2.0
 UDP_PACKETS_PER_SECOND = 60_000
@@ -121,10 +121,10 @@ def soak(stack: Stack, packets: int) -> Iterator[Progress]:
             yield Progress(received, lost, time.monotonic() - began)
 
 
-def run(packets: int) -> Progress:
+def run(packets: int, variant: Variant) -> Progress:
     """Soak two daemons; SoakError when something was changed or dropped for a wrong reason."""
     compile_tools()
-    with closing(build(parse_variant("ours"), "wire-nocsum")) as stack:
+    with closing(build(variant, "wire-nocsum")) as stack:
         before, told = read_counters(stack), 0.0
         for progress in soak(stack, packets):
             if progress.seconds - told > REPORT_SECONDS:
@@ -141,11 +141,25 @@ def run(packets: int) -> Progress:
     return progress
 
 
+def arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(prog="python -m bench.soak")
+    parser.add_argument("packets", type=positive, help="at least so many arrive")
+    parser.add_argument("--variant", default="ours", help="NAME[@CHECKOUT][=FLAGS] (ours)")
+    given = parser.parse_args()
+    try:
+        given.variant = parse_variant(given.variant)
+    except ValueError as error:
+        parser.error(str(error))
+    return given
+
+
 def main() -> int:
-    """Run with the number of packets from the command line."""
+    """Run as the command line asks for."""
+    given = arguments()
     begin()
     try:
-        say(f"done: {run(int(sys.argv[1]))}")
+        say(f"done: {run(given.packets, given.variant)}")
     except SoakError as error:
         say(f"FAILED: {error}")
         return 1

@@ -22,8 +22,9 @@ def needs() -> None:
         require_program(program)
 
 
-def test_nothing_is_changed_on_the_way() -> None:
-    progress = run(PACKETS)
+@pytest.mark.parametrize("variant", ["ours", "one-queue=--tun-queues=1"])
+def test_nothing_is_changed_on_the_way(variant: str) -> None:
+    progress = run(PACKETS, parse_variant(variant))
     assert progress.total >= PACKETS
     assert set(progress.received) == {*LOADS, "TCP"}
 
