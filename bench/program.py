@@ -17,7 +17,7 @@ def say(text: str) -> None:
 
 
 def positive(text: str) -> int:
-    """Read a whole number above 0, as iperf3 wants its seconds."""
+    """Read a whole number above 0."""
     number = int(text) if text.isdecimal() else 0
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")

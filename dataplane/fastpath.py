@@ -436,7 +436,7 @@ class Worker:
         return float(lib.fp_worker_silence_ms(self._worker)) / 1000
 
     def stop(self) -> None:
-        """End the threads behind their present batch; nothing that was read is lost."""
+        """End the threads behind their present batch; what they read is sent, within a second."""
         lib.fp_worker_stop(self._worker)
 
     def close(self) -> None:

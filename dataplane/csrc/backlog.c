@@ -4,13 +4,13 @@
  *
  * A TUN disowns what it is given, so nothing holds a local sender back: its whole window,
  * megabytes, stands in its TUN queue, and a ping that comes into the same queue would wait for all
- * of it. So where flows are mixed the queue is read to its end, and what is bulk waits here, in the
+ * of it. So where flows are mixed the queue is read ahead, and what is bulk waits here, in the
  * order in which it was read, while the first few kilobytes of each flow in each turn go on at
  * once. A flow of which a packet waits has all later ones wait behind it, so none is reordered.
  *
  * The bytes stay where they were read to: the arena is a ring, and each packet lies in one piece.
- * While nothing waits every batch begins at its start, so that it stays in the cache. What a kernel
- * does not touch it does not have: the arena takes memory only once so much has waited.
+ * While nothing waits every batch begins at its start, so that it stays in the cache. A page that
+ * was never touched takes no memory; once touched it stays.
  */
 #define _GNU_SOURCE
 #include "backlog.h"

@@ -13,8 +13,8 @@
  * segment will be, at the places that the last super-packet of the queue had. When the guess was
  * wrong the payload is moved once.
  *
- * A queue in which bulk and something else are mixed is read to its end, and the bulk waits in the
- * arena (csrc/backlog.c) while the rest is sent.
+ * Of a queue in which bulk and something else are mixed more is read, to its end if there is room,
+ * and the bulk waits in the arena (csrc/backlog.c) while the rest is sent.
  *
  * When a socket's send buffer is full, the batch stays where it is and nothing is read until there
  * is room: the queue is then the TUN's.
@@ -32,6 +32,7 @@
 #define PACKET_MAX 65535
 #define BATCH_BYTES (128 * 1024)
 #define READS_PER_BATCH 64
+#define AHEAD_BYTES (2 * 1024 * 1024)
 #define READS_AHEAD 256
 /* How long a queue counts as mixed after it was seen to be. */
 #define MIXED_NS (2000 * 1000 * 1000ULL)
@@ -142,8 +143,9 @@ static void note_flow(struct tun_queue *queue, uint32_t flow, bool is_super_pack
  * the TUN, which disowns its packets, so it fills the queue up to its window: milliseconds for all
  * who share it. The rule is CoDel's (RFC 8289), with the time since the queue was last empty for
  * the sojourn time, which the TUN does not tell. A flow that is alone in its queue is not marked,
- * as it would send less for nobody's good; and packets of senders that do not know marks are not
- * dropped: a loss costs more than it brings here.
+ * as it would send less for nobody's good, and neither is one that others overtake: its queue does
+ * not stand. Packets of senders that do not know marks are not dropped: a loss costs more than it
+ * brings here.
  */
 static bool must_mark(struct encap_side *side, struct tun_queue *queue)
 {
@@ -245,7 +247,7 @@ struct batch {
 	bool overtakes; /* what comes may overtake what waits */
 	bool emptied; /* nothing is left in the queue */
 	size_t packets;
-	size_t bytes; /* on the way */
+	size_t bytes; /* of these, encapsulated */
 };
 
 /* Read one packet and put it on the way, or have it wait. Return: 0, or an errno */
@@ -267,13 +269,13 @@ static int take_packet(struct encap_side *side, struct tun_queue *queue, uint8_t
 	if (!make_datagrams(side, queue, datagram, (size_t)got, &vnet, &encap, &packet))
 		return 0;
 	batch->packets += packet.datagrams - 1;
+	batch->bytes += packet.total;
 	backlog_use(&side->backlog, datagram + packet.total);
 	if (backlog_must_wait(&side->backlog, packet.flow, packet.total, batch->overtakes)) {
 		queue->waiting++;
 		backlog_add(&side->backlog, &packet);
 	} else {
 		send_packet(side, &encap, &packet);
-		batch->bytes += packet.total;
 	}
 	return 0;
 }
@@ -308,6 +310,7 @@ bool encap_flush(struct encap_side *side)
 static int read_batch(struct encap_side *side, struct tun_queue *queue, struct batch *batch)
 {
 	unsigned int most = READS_PER_BATCH;
+	size_t bytes = BATCH_BYTES;
 	int err = 0;
 
 	queue->served = side->now;
@@ -315,8 +318,9 @@ static int read_batch(struct encap_side *side, struct tun_queue *queue, struct b
 	if (batch->overtakes) {
 		backlog_begin(&side->backlog);
 		most = READS_AHEAD;
+		bytes = AHEAD_BYTES;
 	}
-	while (!err && !batch->emptied && most-- && batch->bytes < BATCH_BYTES &&
+	while (!err && !batch->emptied && most-- && batch->bytes < bytes &&
 	       sender_has_room(&side->sender)) {
 		uint8_t *room = backlog_room(&side->backlog);
 
@@ -341,7 +345,7 @@ static void send_waiting(struct encap_side *side)
 		encap_packet(side->ctx, packet.datagram + PUSH,
 			     (packet.datagrams > 1 ? packet.size : packet.total) - PUSH, &encap);
 		if (encap.drop >= 0) {
-			drop(side, encap.drop, packet.datagrams);
+			drop(side, encap.drop, 1);
 			continue;
 		}
 		send_packet(side, &encap, &packet);
@@ -422,18 +426,33 @@ void encap_close(struct encap_side *side)
 
 /**
  * encap_drain() - Send what is held for sockets that were full, and what waits
- * @side:       Side that no thread is in
- * @timeout_ms: How long to wait for room each time; what is held then is lost
+ * @side:     Side that no thread is in
+ * @deadline: When to stop waiting for room, as of now_ns()
+ *
+ * Return: whether all is out
  */
-void encap_drain(struct encap_side *side, int timeout_ms)
+bool encap_drain(struct encap_side *side, uint64_t deadline)
 {
 	for (;;) {
 		while (!encap_flush(side)) {
-			if (!sender_wait(&side->sender, timeout_ms))
-				return;
+			uint64_t now = now_ns();
+
+			if (now >= deadline ||
+			    !sender_wait(&side->sender, (int)((deadline - now) / 1000000) + 1))
+				return false;
 		}
 		if (!encap_has_waiting(side))
-			return;
+			return true;
 		encap_batch(side, NULL);
 	}
+}
+
+/** encap_give_up() - Count what encap_drain() left as lost; only encap_close() may follow */
+void encap_give_up(struct encap_side *side)
+{
+	size_t left = sender_left(&side->sender);
+
+	while (encap_has_waiting(side))
+		left += backlog_take(&side->backlog).datagrams;
+	drop(side, FP_DROP_SEND_BUFFER, left);
 }

@@ -38,7 +38,8 @@ int encap_open(struct encap_side *side, struct fp_ctx *ctx, const struct fp_io *
 void encap_close(struct encap_side *side);
 bool encap_flush(struct encap_side *side);
 int encap_turn(struct encap_side *side, struct tun_queue *queue);
-void encap_drain(struct encap_side *side, int timeout_ms);
+bool encap_drain(struct encap_side *side, uint64_t deadline);
+void encap_give_up(struct encap_side *side);
 
 /* Whether a send socket has no room, so that nothing can be read. */
 static inline bool encap_is_blocked(const struct encap_side *side)

@@ -8,7 +8,7 @@
  * flow is reordered when its source changes hands.
  *
  * Of several ready queues the one that was served longest ago is next. A queue whose flows send
- * seldom so never waits for more than one batch of the others.
+ * seldom so never waits for more than one batch of each other.
  *
  * A lane has a source once that is in its epoll set: who sees it ready owns it, and who finds it
  * among its own can give it away.
@@ -162,6 +162,17 @@ int lane_turn(struct lane *lane, unsigned int batches)
 	if (lane->queue)
 		lane->queue->packets += (size_t)moved;
 	return total + moved;
+}
+
+/**
+ * lane_drain() - Send all that was read
+ * @lane:     Lane that no thread is in
+ * @deadline: When to stop waiting for room, as of now_ns()
+ */
+void lane_drain(struct lane *lane, uint64_t deadline)
+{
+	if (encap_drain(&lane->encap, deadline))
+		unmute_all(lane);
 }
 
 /**

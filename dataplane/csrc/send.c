@@ -398,6 +398,18 @@ bool sender_wait(const struct sender *sender, int timeout_ms)
 	return poll(full, count, timeout_ms) > 0;
 }
 
+/** sender_left() - How many datagrams are not sent */
+size_t sender_left(const struct sender *sender)
+{
+	size_t left = 0;
+
+	for (unsigned int s = 0; s < sender->sockets; s++) {
+		for (int i = sender->socket[s].first; i >= 0; i = sender->send[i].next)
+			left += sender->send[i].datagrams - sender->send[i].sent;
+	}
+	return left;
+}
+
 /** sender_forget_peers() - Let the FIB section end while messages wait for room */
 void sender_forget_peers(struct sender *sender)
 {

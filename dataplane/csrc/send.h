@@ -73,6 +73,7 @@ void sender_add(struct sender *sender, const struct encap *encap, uint8_t *start
 		size_t length, size_t size);
 bool sender_flush(struct sender *sender);
 bool sender_wait(const struct sender *sender, int timeout_ms);
+size_t sender_left(const struct sender *sender);
 void sender_forget_peers(struct sender *sender);
 
 #endif

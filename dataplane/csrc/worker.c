@@ -24,7 +24,8 @@
  * they come by one socket, as one of them may be waiting behind the other's bulk.
  *
  * A thread that has had packets goes on polling for `poll_us` before it sleeps: the next packet
- * then costs no wake-up. Whoever else wants the core has it between two looks.
+ * then costs no wake-up. Before each look whoever else wants the core has it, unless the thread is
+ * realtime.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -48,8 +49,8 @@
 #define CALM_MS 20
 #define CALM_PACKETS 64
 #define BEAT_MS 1000 /* a thread turns at least so often, to show that it can */
-/* A full send buffer empties at the speed of the network card. */
-#define DRAIN_MS 100
+/* For all that was read, at the speed of the network card. */
+#define DRAIN_NS (1000 * 1000 * 1000ULL)
 
 /* What each lane has, beside one for all. */
 enum { FIRST, BULK_ENCAP, BULK_DECAP, LANES };
@@ -168,10 +169,13 @@ static void close_fd(int fd)
 void fp_worker_free(struct fp_worker *worker)
 {
 	struct fp_ctx *ctx = worker->ctx;
+	uint64_t deadline = now_ns() + DRAIN_NS;
 
 	assert(worker->started == 0);
-	for (int i = 0; i < LANES; i++)
-		encap_drain(&worker->lane[i].encap, DRAIN_MS);
+	for (int i = 0; i < LANES; i++) {
+		lane_drain(&worker->lane[i], deadline);
+		encap_give_up(&worker->lane[i].encap);
+	}
 	pthread_mutex_lock(&ctx->lock);
 	for (struct fp_worker **link = &ctx->workers; *link; link = &(*link)->next) {
 		if (*link == worker) {
@@ -529,11 +533,13 @@ int fp_worker_start(struct fp_worker *worker, int threads)
 /* Send what waits, and have every source in the first lane again. */
 static void gather_sources(struct fp_worker *worker)
 {
+	uint64_t deadline = now_ns() + DRAIN_NS;
+
 	for (int i = 0; i < LANES; i++) {
 		struct lane *lane = &worker->lane[i];
 
 		lane->encap.reads_ahead = false;
-		encap_drain(&lane->encap, DRAIN_MS);
+		lane_drain(lane, deadline);
 		for (unsigned int s = 0; i != FIRST && s < worker->sources; s++) {
 			if (lane->has[s])
 				lane_move(lane, &worker->lane[FIRST], &worker->source[s]);

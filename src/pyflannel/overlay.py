@@ -347,7 +347,7 @@ class Overlay:
         log.warning("forwarding again on %s", self.device)
 
     def rebind(self, index: int, address: IPAddress) -> None:
-        """Send from another address or incarnation of the interface; nothing queued is lost."""
+        """Send from another address or incarnation of the interface; what is queued stays."""
         assert self._forwarder is not None
         choice = replace(self.underlying.choice, index=index, address=address)
         with self._underlay.rebind(choice.name, address):

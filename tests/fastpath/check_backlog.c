@@ -25,58 +25,99 @@
 #define PACKETS 240
 #define PAYLOAD 200
 #define READS_PER_BATCH 64
-#define DRAIN_MS 100
+#define WAIT_NS (100 * 1000 * 1000ULL)
 
-/* What waits, oldest first, and what was handed out beside it since the last release. */
+/* A packet in the memory. */
 struct span {
 	const uint8_t *start, *end;
 };
 
-static bool overlaps(const struct span *span, const uint8_t *start, const uint8_t *end)
+/* What was read since some step, in that order: what waits, has waited, or never did. */
+struct memory {
+	struct span span[STEPS];
+	bool waits[STEPS];
+	unsigned int first, last;
+};
+
+static void keep(struct memory *memory, const uint8_t *room, size_t total, bool waits)
 {
-	return start < span->end && span->start < end;
+	memory->span[memory->last] = (struct span) { room, room + total };
+	memory->waits[memory->last++] = waits;
 }
 
-/* Room is given out in any order of sizes; what waits must keep its bytes, and come out in order.
+static bool is_free(const struct memory *memory, const uint8_t *room)
+{
+	for (unsigned int i = memory->first; i < memory->last; i++) {
+		if (room < memory->span[i].end && memory->span[i].start < room + PACKET_ROOM)
+			return false;
+	}
+	return true;
+}
+
+/* Take the oldest that waits out. Return: whether there was one */
+static bool take_oldest(struct backlog *backlog, struct memory *memory)
+{
+	unsigned int i = memory->first;
+
+	while (i < memory->last && !memory->waits[i])
+		i++;
+	HOLDS((i < memory->last) == (backlog->count > 0));
+	if (i == memory->last)
+		return false;
+	HOLDS(backlog_take(backlog).datagram == memory->span[i].start);
+	memory->waits[i] = false;
+	return true;
+}
+
+/* All that was taken out or never waited is sent. */
+static void release(struct backlog *backlog, struct memory *memory)
+{
+	backlog_release(backlog);
+	while (memory->first < memory->last && !memory->waits[memory->first])
+		memory->first++;
+}
+
+/*
+ * Packets of all sizes come and go: what waits comes out in order, and until the next release
+ * nothing of what was handed out since the oldest that waits is handed out again.
  */
 static void check_memory(void)
 {
 	struct backlog *backlog = calloc(1, sizeof(*backlog));
-	static struct span waiting[STEPS];
-	unsigned int first = 0, last = 0, refused = 0, longest = 0;
+	static struct memory memory;
+	unsigned int refused = 0, longest = 0;
 
 	HOLDS(backlog && backlog_open(backlog) == 0);
 	for (int step = 0; step < STEPS; step++) {
 		uint8_t *room = backlog_room(backlog);
 		size_t total = 1 + random_below(random_below(4) ? 70000 : PACKET_ROOM);
 		uint32_t flow = random_below(FLOWS);
+		bool waits = random_below(3);
 
-		if (!room) {
-			HOLDS(first < last);
-			refused++;
-		} else {
-			for (unsigned int i = first; i < last; i++)
-				HOLDS(!overlaps(&waiting[i], room, room + PACKET_ROOM));
+		if (room) {
+			HOLDS(is_free(&memory, room));
 			backlog_use(backlog, room + total);
-			if (random_below(3)) {
-				backlog_add(backlog, &(struct waiting) { .datagram = room,
-									 .total = total,
-									 .flow = flow });
-				waiting[last++] = (struct span) { room, room + total };
-				HOLDS(backlog_must_wait(backlog, flow, 1, false));
-			}
+			keep(&memory, room, total, waits);
+		} else {
+			refused++;
 		}
-		longest = last - first > longest ? last - first : longest;
+		if (room && waits) {
+			backlog_add(backlog, &(struct waiting) { .datagram = room,
+								 .total = total,
+								 .flow = flow });
+			HOLDS(backlog_must_wait(backlog, flow, 1, false));
+		}
+		longest = backlog->count > longest ? backlog->count : longest;
 		/* Now more comes, now more goes. */
-		for (unsigned int out = random_below(step / 1000 % 2 ? 4 : 2); out && first < last;
-		     out--, first++)
-			HOLDS(backlog_take(backlog).datagram == waiting[first].start);
-		backlog_release(backlog);
+		for (unsigned int out = random_below(step / 1000 % 2 ? 4 : 2); out; out--)
+			take_oldest(backlog, &memory);
+		if (!room || random_below(4) == 0)
+			release(backlog, &memory);
 	}
 	HOLDS(refused > 100 && longest > 100);
-	while (first < last)
-		HOLDS(backlog_take(backlog).datagram == waiting[first++].start);
-	backlog_release(backlog);
+	while (take_oldest(backlog, &memory))
+		;
+	release(backlog, &memory);
 	for (unsigned int i = 0; i < BACKLOG_FLOWS; i++)
 		HOLDS(backlog->waits[i] == 0);
 	HOLDS(backlog_room(backlog) == backlog->arena);
@@ -240,11 +281,9 @@ static void check_full_wire(bool has_route)
 	HOLDS(encap_is_blocked(host.side));
 	HOLDS(encap_has_waiting(host.side) && host.queue.waiting);
 	set_route(&host, has_route);
-	for (int left = -1; left != host.left;) {
-		left = host.left;
-		encap_drain(host.side, 0);
-		take(&host, PACKETS);
-	}
+	while (!encap_drain(host.side, 0))
+		take(&host, 1);
+	take(&host, PACKETS);
 	counters = host.side->counters;
 	HOLDS(!encap_has_waiting(host.side) && host.queue.waiting == 0);
 	HOLDS(host.left + (int)counters.drops[FP_DROP_NO_ROUTE] == 3 * READS_PER_BATCH);
@@ -252,21 +291,45 @@ static void check_full_wire(bool has_route)
 	close_host(&host);
 }
 
-/* A flow that fills its queue alone does nobody harm, so it is not told to send less. */
-static void check_marks(bool is_alone, uint8_t ecn)
+/* The wire is full for good: it ends all the same, and what is lost is counted. */
+static void check_dead_wire(void)
 {
 	struct host host;
+	uint64_t began = now_ns();
+	int bytes = 1;
 
-	open_host(&host, false);
+	open_host(&host, true);
+	make_mixed(&host, ECN_NOT_ECT);
+	setsockopt(host.send, SOL_SOCKET, SO_SNDBUF, &bytes, sizeof(bytes));
+	turn(&host);
+	HOLDS(!encap_drain(host.side, began + WAIT_NS) && now_ns() - began >= WAIT_NS);
+	encap_give_up(host.side);
+	take(&host, PACKETS);
+	HOLDS(host.left < 3 * READS_PER_BATCH);
+	HOLDS(host.left + (int)host.side->counters.drops[FP_DROP_SEND_BUFFER] ==
+	      3 * READS_PER_BATCH);
+	close_host(&host);
+}
+
+/* A flow that fills its queue alone, or is overtaken, does nobody harm: it may go on as it does. */
+static void check_marks(bool is_alone, bool reads_ahead, uint8_t ecn)
+{
+	struct host host;
+	bool marks = !is_alone && !reads_ahead && ecn != ECN_NOT_ECT;
+
+	open_host(&host, reads_ahead);
 	if (!is_alone)
 		make_mixed(&host, ecn);
-	for (int i = 0; i < PACKETS; i++)
-		put(&host, BULK, ecn);
 	for (int i = 0; i < 3; i++) {
+		for (int more = 0; more < READS_PER_BATCH + 1; more++)
+			put(&host, BULK, ecn);
 		turn(&host);
 		usleep(2000);
+		/* Until its first turn is over, the queue stood. */
+		if (i == 0 && reads_ahead)
+			host.side->counters.congestion_marks = 0;
 	}
-	HOLDS((host.side->counters.congestion_marks > 0) == (!is_alone && ecn != ECN_NOT_ECT));
+	HOLDS((host.side->counters.congestion_marks > 0) == marks);
 	close_host(&host);
 }
 
@@ -277,7 +340,9 @@ void check_backlog(void)
 	check_overtaking(false);
 	check_full_wire(true);
 	check_full_wire(false);
-	check_marks(true, ECN_ECT0);
-	check_marks(false, ECN_ECT0);
-	check_marks(false, ECN_NOT_ECT);
+	check_dead_wire();
+	check_marks(true, false, ECN_ECT0);
+	check_marks(false, false, ECN_ECT0);
+	check_marks(false, true, ECN_ECT0);
+	check_marks(false, false, ECN_NOT_ECT);
 }
