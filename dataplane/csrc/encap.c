@@ -185,30 +185,24 @@ static void send_packet(struct encap_side *side, const struct encap *encap,
 
 /*
  * Make the datagrams of a packet of @got bytes, the vnet header included, that was read to
- * @datagram + PUSH. Return: whether it is sound; if not, it is counted
+ * @datagram + PUSH. Return: why it is dropped (enum fp_drop), or -1
  */
-static bool make_datagrams(struct encap_side *side, struct tun_queue *queue, uint8_t *datagram,
-			   size_t got, const struct vnet_header *vnet, struct encap *encap,
-			   struct waiting *packet)
+static int make_datagrams(struct encap_side *side, struct tun_queue *queue, uint8_t *datagram,
+			  size_t got, const struct vnet_header *vnet, struct encap *encap,
+			  struct waiting *packet)
 {
 	uint8_t *ip = datagram + PUSH;
 	struct gso gso;
 	size_t length;
 
-	if (got < sizeof(*vnet)) {
-		drop(side, FP_DROP_ENCAP_MALFORMED, 1);
-		return false;
-	}
+	if (got < sizeof(*vnet))
+		return FP_DROP_ENCAP_MALFORMED;
 	encap_packet(side->ctx, ip, got - sizeof(*vnet), encap);
-	if (encap->drop >= 0) {
-		drop(side, encap->drop, 1);
-		return false;
-	}
+	if (encap->drop >= 0)
+		return encap->drop;
 	length = encap->flow.length;
-	if (!gso_parse(vnet, ip, &encap->flow, &gso) || gso.segments > DATAGRAMS_PER_ADD) {
-		drop(side, FP_DROP_ENCAP_MALFORMED, 1);
-		return false;
-	}
+	if (!gso_parse(vnet, ip, &encap->flow, &gso) || gso.segments > DATAGRAMS_PER_ADD)
+		return FP_DROP_ENCAP_MALFORMED;
 	*packet = (struct waiting) {
 		.queue = queue,
 		.datagram = datagram,
@@ -217,10 +211,8 @@ static bool make_datagrams(struct encap_side *side, struct tun_queue *queue, uin
 		.flow = encap->flow.hash,
 	};
 	packet->size = gso.segments > 1 ? PUSH + gso.headers + gso.size : packet->total;
-	if (packet->size > SEND_BYTES) {
-		drop(side, FP_DROP_SEND_SIZE, 1);
-		return false;
-	}
+	if (packet->size > SEND_BYTES)
+		return FP_DROP_SEND_SIZE;
 	if (!guessed(queue, &gso, length)) {
 		join_pieces(queue, ip, length);
 		if (gso.segments > 1)
@@ -233,13 +225,11 @@ static bool make_datagrams(struct encap_side *side, struct tun_queue *queue, uin
 		encap->outer_tos = ecn_push(ECN_CE);
 		count_up(&side->counters.congestion_marks, 1);
 	}
-	if (gso.protocol) {
+	if (gso.protocol)
 		gso_fill(&gso, ip, PUSH);
-	} else if (!gso_complete_checksum(vnet, ip, &encap->flow)) {
-		drop(side, FP_DROP_ENCAP_MALFORMED, 1);
-		return false;
-	}
-	return true;
+	else if (!gso_complete_checksum(vnet, ip, &encap->flow))
+		return FP_DROP_ENCAP_MALFORMED;
+	return -1;
 }
 
 /* What a batch has read. */
@@ -259,6 +249,7 @@ static int take_packet(struct encap_side *side, struct tun_queue *queue, uint8_t
 	struct waiting packet;
 	struct encap encap;
 	ssize_t got = read_packet(queue, datagram + PUSH, &vnet);
+	int reason;
 
 	if (got <= 0) {
 		batch->emptied = got == 0 || errno == EAGAIN;
@@ -266,8 +257,11 @@ static int take_packet(struct encap_side *side, struct tun_queue *queue, uint8_t
 	}
 	count_up(&side->counters.tun_reads, 1);
 	batch->packets++;
-	if (!make_datagrams(side, queue, datagram, (size_t)got, &vnet, &encap, &packet))
+	reason = make_datagrams(side, queue, datagram, (size_t)got, &vnet, &encap, &packet);
+	if (reason >= 0) {
+		drop(side, reason, 1);
 		return 0;
+	}
 	batch->packets += packet.datagrams - 1;
 	batch->bytes += packet.total;
 	backlog_use(&side->backlog, datagram + packet.total);
@@ -353,13 +347,21 @@ static void send_waiting(struct encap_side *side)
 	}
 }
 
-/* Move a batch of @queue, unless it is NULL, and one of what waits. Return: packets, or -errno */
-static int encap_batch(struct encap_side *side, struct tun_queue *queue)
+/**
+ * encap_turn() - Move a batch of a queue, and one of what waits, without blocking
+ * @side:  Side that no other thread is in
+ * @queue: NULL for none
+ *
+ * Return: packets read, or -EBADFD when the TUN device is gone
+ */
+int encap_turn(struct encap_side *side, struct tun_queue *queue)
 {
 	struct batch batch = { 0 };
 	int err = 0;
 	bool sent;
 
+	if (encap_is_blocked(side) || (encap_holds(side) && !encap_flush(side)))
+		return 0;
 	side->now = now_ns();
 	fib_enter(side->ctx->fib, &side->reader);
 	if (queue)
@@ -373,20 +375,6 @@ static int encap_batch(struct encap_side *side, struct tun_queue *queue)
 		sender_forget_peers(&side->sender);
 	fib_leave(&side->reader);
 	return err && !batch.packets ? -err : (int)batch.packets;
-}
-
-/**
- * encap_turn() - Move a batch of a queue, and one of what waits, without blocking
- * @side:  Side that no other thread is in
- * @queue: NULL for none
- *
- * Return: packets read, or -EBADFD when the TUN device is gone
- */
-int encap_turn(struct encap_side *side, struct tun_queue *queue)
-{
-	if (encap_is_blocked(side) || (encap_holds(side) && !encap_flush(side)))
-		return 0;
-	return encap_batch(side, queue);
 }
 
 /**
@@ -443,7 +431,7 @@ bool encap_drain(struct encap_side *side, uint64_t deadline)
 		}
 		if (!encap_has_waiting(side))
 			return true;
-		encap_batch(side, NULL);
+		encap_turn(side, NULL);
 	}
 }
 

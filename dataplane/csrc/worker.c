@@ -156,6 +156,15 @@ struct fp_worker *fp_worker_new(struct fp_ctx *ctx, const struct fp_io *io)
 	return NULL;
 }
 
+/* Send all that was read, as far as there is room in time. */
+static void drain_lanes(struct fp_worker *worker)
+{
+	uint64_t deadline = now_ns() + DRAIN_NS;
+
+	for (int i = 0; i < LANES; i++)
+		lane_drain(&worker->lane[i], deadline);
+}
+
 static void close_fd(int fd)
 {
 	if (fd >= 0)
@@ -169,13 +178,11 @@ static void close_fd(int fd)
 void fp_worker_free(struct fp_worker *worker)
 {
 	struct fp_ctx *ctx = worker->ctx;
-	uint64_t deadline = now_ns() + DRAIN_NS;
 
 	assert(worker->started == 0);
-	for (int i = 0; i < LANES; i++) {
-		lane_drain(&worker->lane[i], deadline);
+	drain_lanes(worker);
+	for (int i = 0; i < LANES; i++)
 		encap_give_up(&worker->lane[i].encap);
-	}
 	pthread_mutex_lock(&ctx->lock);
 	for (struct fp_worker **link = &ctx->workers; *link; link = &(*link)->next) {
 		if (*link == worker) {
@@ -498,6 +505,17 @@ static int move_sockets(struct fp_worker *worker)
 	return err;
 }
 
+/*
+ * Have lanes read ahead where threads turn them and bulk stays: what waits cannot change hands, and
+ * the caller's event loop is not told that it waits.
+ */
+static void choose_reading(struct fp_worker *worker)
+{
+	for (int i = 0; i < LANES; i++)
+		worker->lane[i].encap.reads_ahead =
+			worker->threads && (i != FIRST || !is_adaptive(worker));
+}
+
 /**
  * fp_worker_start() - Let threads turn the lanes; the caller does no turns meanwhile
  * @worker:  Worker without threads
@@ -515,9 +533,7 @@ int fp_worker_start(struct fp_worker *worker, int threads)
 	assert(worker->threads == 0 && threads >= 1 && threads <= LANES);
 	worker->threads = threads;
 	err = watch_stop(worker, EPOLL_CTL_ADD);
-	/* Where bulk does not stay it need not wait, and what waits cannot change hands. */
-	for (int i = 0; i < LANES; i++)
-		worker->lane[i].encap.reads_ahead = i != FIRST || !is_adaptive(worker);
+	choose_reading(worker);
 	if (!err && threads == 2)
 		err = move_sockets(worker);
 	sigfillset(&all);
@@ -530,17 +546,13 @@ int fp_worker_start(struct fp_worker *worker, int threads)
 	return err;
 }
 
-/* Send what waits, and have every source in the first lane again. */
+/* Have every source in the first lane again. */
 static void gather_sources(struct fp_worker *worker)
 {
-	uint64_t deadline = now_ns() + DRAIN_NS;
-
-	for (int i = 0; i < LANES; i++) {
+	for (int i = FIRST + 1; i < LANES; i++) {
 		struct lane *lane = &worker->lane[i];
 
-		lane->encap.reads_ahead = false;
-		lane_drain(lane, deadline);
-		for (unsigned int s = 0; i != FIRST && s < worker->sources; s++) {
+		for (unsigned int s = 0; s < worker->sources; s++) {
 			if (lane->has[s])
 				lane_move(lane, &worker->lane[FIRST], &worker->source[s]);
 		}
@@ -562,6 +574,8 @@ int fp_worker_stop(struct fp_worker *worker)
 	worker->threads = 0;
 	eventfd_read(worker->stop_fd, &signals);
 	watch_stop(worker, EPOLL_CTL_DEL);
+	choose_reading(worker);
+	drain_lanes(worker);
 	gather_sources(worker);
 	return worker->error;
 }

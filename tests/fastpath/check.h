@@ -5,6 +5,7 @@
 #ifndef PYFLANNEL_TESTS_CHECK_H
 #define PYFLANNEL_TESTS_CHECK_H
 
+#include "_fastpath.h"
 #include "inet.h"
 #include "invariants.h"
 
@@ -30,6 +31,8 @@ struct input {
 uint32_t random_below(uint32_t limit);
 void random_seed(uint64_t seed);
 
+struct fp_config config_of(uint8_t node, int anti_spoofing);
+struct fp_route route_of(uint8_t node, uint16_t port);
 uint16_t naive_sum(const uint8_t *bytes, size_t length, uint32_t sum);
 size_t build(const struct spec *spec, uint8_t *packet);
 size_t headers_of(const struct spec *spec);

@@ -140,13 +140,7 @@ struct host {
 
 static void set_route(struct host *host, bool there)
 {
-	struct fp_route route = {
-		.subnet = { [10] = 0xff, [11] = 0xff, [12] = 10, 5, 1, 0 },
-		.subnet_len = INET_MAPPED_BITS + 24,
-		.mac = { 2, 0, 0, 0, 0, 1 },
-		.underlay = { [10] = 0xff, [11] = 0xff, [12] = 127, 0, 0, 1 },
-		.port = 8472,
-	};
+	struct fp_route route = route_of(1, 8472);
 
 	if (there)
 		HOLDS(fp_route_replace(host->ctx, &route) == 0);
@@ -156,13 +150,7 @@ static void set_route(struct host *host, bool there)
 
 static void open_host(struct host *host, bool reads_ahead)
 {
-	struct fp_config config = {
-		.vni = 1,
-		.mac = { 2, 0, 0, 0, 0, 2 },
-		.network = { [10] = 0xff, [11] = 0xff, [12] = 10, [13] = 5 },
-		.network_len = INET_MAPPED_BITS + 16,
-		.inner_ipv4 = 1,
-	};
+	struct fp_config config = config_of(2, FP_SPOOF_OFF);
 	struct fp_io io = { .send_count = 1 };
 	int tun[2], wire[2], bytes = 4 << 20;
 

@@ -31,14 +31,7 @@ struct host {
 
 static void open_host(struct host *host, int schedule)
 {
-	struct fp_config config = {
-		.vni = 1,
-		.mac = { 2, 0, 0, 0, 0, 1 },
-		.network = { [10] = 0xff, [11] = 0xff, [12] = 10, [13] = 5 },
-		.network_len = INET_MAPPED_BITS + 16,
-		.anti_spoofing = FP_SPOOF_OFF,
-		.inner_ipv4 = 1,
-	};
+	struct fp_config config = config_of(1, FP_SPOOF_OFF);
 	struct fp_io io = {
 		.tun_count = 1, .receive_count = 2, .send_count = 1, .schedule = schedule
 	};

@@ -18,7 +18,6 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-#include "_fastpath.h"
 #include "gso.h"
 
 #define FLOWS 3
@@ -59,14 +58,7 @@ static void open_node(struct node *node, uint8_t number, int offload)
 {
 	struct sockaddr_in unused;
 	int one = 1, bytes = 4 << 20;
-	struct fp_config config = {
-		.vni = 1,
-		.mac = { 2, 0, 0, 0, 0, number },
-		.network = { [10] = 0xff, [11] = 0xff, [12] = 10, [13] = 5 },
-		.network_len = INET_MAPPED_BITS + 16,
-		.anti_spoofing = FP_SPOOF_ENFORCE,
-		.inner_ipv4 = 1,
-	};
+	struct fp_config config = config_of(number, FP_SPOOF_ENFORCE);
 	struct fp_io io = {
 		.tun_count = 1,
 		.receive_count = 1,
@@ -95,13 +87,7 @@ static void open_node(struct node *node, uint8_t number, int offload)
 
 static void route_to(struct node *node, uint8_t number, const struct node *peer)
 {
-	struct fp_route route = {
-		.subnet = { [10] = 0xff, [11] = 0xff, [12] = 10, 5, number, 0 },
-		.subnet_len = INET_MAPPED_BITS + 24,
-		.mac = { 2, 0, 0, 0, 0, number },
-		.underlay = { [10] = 0xff, [11] = 0xff, [12] = 127, 0, 0, 1 },
-		.port = ntohs(peer->address.sin_port),
-	};
+	struct fp_route route = route_of(number, ntohs(peer->address.sin_port));
 
 	HOLDS(fp_route_replace(node->ctx, &route) == 0);
 }

@@ -26,6 +26,31 @@ static bool one_in(uint32_t chances)
 	return random_below(chances) == 0;
 }
 
+/* Node 10.5.@node.0/24 of the network 10.5.0.0/16. */
+struct fp_config config_of(uint8_t node, int anti_spoofing)
+{
+	return (struct fp_config) {
+		.vni = 1,
+		.mac = { 2, 0, 0, 0, 0, node },
+		.network = { [10] = 0xff, [11] = 0xff, [12] = 10, [13] = 5 },
+		.network_len = INET_MAPPED_BITS + 16,
+		.anti_spoofing = anti_spoofing,
+		.inner_ipv4 = 1,
+	};
+}
+
+/* The way to such a node, which listens on a port of this host. */
+struct fp_route route_of(uint8_t node, uint16_t port)
+{
+	return (struct fp_route) {
+		.subnet = { [10] = 0xff, [11] = 0xff, [12] = 10, 5, node, 0 },
+		.subnet_len = INET_MAPPED_BITS + 24,
+		.mac = { 2, 0, 0, 0, 0, node },
+		.underlay = { [10] = 0xff, [11] = 0xff, [12] = 127, 0, 0, 1 },
+		.port = port,
+	};
+}
+
 /* Word by word, big endian, folded; odd bytes count as high ones. */
 uint16_t naive_sum(const uint8_t *bytes, size_t length, uint32_t sum)
 {
