@@ -114,7 +114,7 @@ int fp_coalesce_check(int tcp, int udp, uint8_t *packets, const size_t *length, 
 	for (size_t i = 0; i < count; packets += length[i++]) {
 		struct flow flow;
 
-		if (!parse(packets, length[i], &flow))
+		if (gro_continue(gro, packets, length[i]) || !parse(packets, length[i], &flow))
 			continue;
 		while (!gro_add(gro, packets, &flow, hint, NULL))
 			write_out(gro, &written);

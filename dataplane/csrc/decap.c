@@ -175,8 +175,8 @@ static void write_held(struct decap_side *side)
 	gro_start(gro);
 }
 
-/* Check one datagram and hold its packet. */
-static void take_datagram(struct decap_side *side, struct receive_socket *socket,
+/* Check one datagram and hold its packet. Return: whether it passed without remark */
+static bool take_datagram(struct decap_side *side, struct receive_socket *socket,
 			  const struct outer *outer, uint8_t *datagram, size_t length, size_t hint)
 {
 	struct decap decap;
@@ -201,13 +201,26 @@ static void take_datagram(struct decap_side *side, struct receive_socket *socket
 	    decap.drop == FP_DROP_VTEP_MAC || decap.drop == FP_DROP_INNER_SOURCE)
 		note_suspect(side, decap.spoofed >= 0 ? decap.spoofed : decap.drop, &outer->source,
 			     &decap);
+	return decap.drop < 0 && decap.spoofed < 0;
+}
+
+/*
+ * Whether a datagram, and its packet, only goes on where the one @before it stopped. That one
+ * passed, came in the same message, and had the same headers, so there is nothing left to check.
+ */
+static bool goes_on(struct decap_side *side, const uint8_t *before, uint8_t *datagram,
+		    size_t length)
+{
+	return length > PUSH && memcmp(before, datagram, PUSH) == 0 &&
+	       gro_continue(&side->gro, datagram + PUSH, length - PUSH);
 }
 
 /*
  * A kernel peer on a virtual link sends a super-packet as one datagram. UDP_GRO then tells the
- * inner gso size, and the inner packet is longer than a datagram of that size could be.
+ * inner gso size, and the inner packet is as long as the message: nothing less will do, as one
+ * damaged length must not cost the datagrams behind it.
  */
-static bool is_super_packet(const uint8_t *message, size_t length, size_t segment)
+static bool is_super_packet(const uint8_t *message, size_t length)
 {
 	const struct vxlan_push *push = (const struct vxlan_push *)message;
 	const uint8_t *packet = message + sizeof(*push);
@@ -220,7 +233,7 @@ static bool is_super_packet(const uint8_t *message, size_t length, size_t segmen
 			? get_be16(((const struct ipv4_header *)packet)->total_length)
 			: sizeof(struct ipv6_header) +
 				  get_be16(((const struct ipv6_header *)packet)->payload_length);
-	return sizeof(*push) + inner > segment;
+	return sizeof(*push) + inner == length;
 }
 
 /* Make a message ready to be received into; the kernel changes these fields of those it fills. */
@@ -238,10 +251,11 @@ static int take_message(struct decap_side *side, struct receive_socket *socket,
 	uint8_t *datagram = receive->iov.iov_base;
 	size_t left = message->msg_len;
 	size_t hint = 0, size = left;
+	bool passed = false;
 	int datagrams = 0;
 
 	if (outer.segment && outer.segment < left) {
-		if (is_super_packet(datagram, left, outer.segment))
+		if (is_super_packet(datagram, left))
 			hint = outer.segment;
 		else
 			size = outer.segment;
@@ -249,7 +263,8 @@ static int take_message(struct decap_side *side, struct receive_socket *socket,
 	do {
 		size_t length = left < size ? left : size;
 
-		take_datagram(side, socket, &outer, datagram, length, hint);
+		if (!passed || !goes_on(side, datagram - size, datagram, length))
+			passed = take_datagram(side, socket, &outer, datagram, length, hint);
 		datagrams++;
 		datagram += length;
 		left -= length;

@@ -30,7 +30,7 @@
 #include "ecn.h"
 
 #define PACKET_MAX 65535
-#define BATCH_BYTES (128 * 1024)
+#define BATCH_BYTES (256 * 1024)
 #define READS_PER_BATCH 64
 #define AHEAD_BYTES (2 * 1024 * 1024)
 #define READS_AHEAD 256

@@ -48,6 +48,8 @@ struct gro {
 	unsigned int packets;
 	unsigned int segments;
 	int bucket[GRO_BUCKETS];
+	struct gro_packet
+		*newest; /* the one that the last packet is in, NULL when nothing is held */
 	struct gro_packet packet[GRO_PACKETS];
 	struct gro_segment segment[GRO_SEGMENTS];
 };
@@ -60,6 +62,7 @@ struct gro_edit {
 void gro_start(struct gro *gro);
 bool gro_add(struct gro *gro, uint8_t *packet, const struct flow *flow, size_t hint,
 	     const struct fib_entry *sender);
+bool gro_continue(struct gro *gro, uint8_t *packet, size_t length);
 unsigned int gro_finish(struct gro *gro, struct gro_packet *held, struct vnet_header *vnet,
 			struct gro_edit *edit, struct iovec iov[GRO_SEGMENTS_PER_PACKET]);
 void gro_undo(struct gro_packet *held, const struct gro_edit *edit);

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from ipaddress import IPv4Network, IPv6Network
 
-from pyflannel.dataplane.fastpath import Context, FastpathConfig, Worker, WorkerIo
+from pyflannel.dataplane.fastpath import AntiSpoofing, Context, FastpathConfig, Worker, WorkerIo
 from pyflannel.dataplane.forwarder import THREADS, Workers
 from pyflannel.dataplane.offload import Offload
 from pyflannel.dataplane.route import IPNetwork, MacAddress, Route, Vni
@@ -164,7 +164,14 @@ def _odd(packet: Packet, size: int, rng: random.Random) -> tuple[Vnet, bytes]:
 class Node:
     """One node's data plane, and a packet socket on its TUN."""
 
-    def __init__(self, host: Host, number: int, family: int, offload: Offload) -> None:
+    def __init__(
+        self,
+        host: Host,
+        number: int,
+        family: int,
+        offload: Offload,
+        anti_spoofing: AntiSpoofing = AntiSpoofing.ENFORCE,
+    ) -> None:
         self._closing = ExitStack()
         with inside(host):
             underlay = Underlay.open(host.iface, host.address, PORT, 4, offload=offload)
@@ -181,7 +188,7 @@ class Node:
         self.context = Context(
             FastpathConfig(
                 Vni(1), MACS[number], NETWORKS[family], inner_ipv4=family == 4,
-                inner_ipv6=family == 6,
+                inner_ipv6=family == 6, anti_spoofing=anti_spoofing,
             )
         )  # fmt: skip
         self._closing.callback(self.context.close)

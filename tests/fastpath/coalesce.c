@@ -7,7 +7,8 @@
  * of packets with DF that all have one, and for the two forms of zero in a checksum;
  *  - within a flow all are written in the order in which they came, and nothing that came behind a
  *    fragment is written before it;
- *  - after gro_undo() each packet is as it came.
+ *  - after gro_undo() each packet is as it came;
+ * and the shorter way, gro_continue(), takes nothing that flow_parse() refuses.
  *
  * Input: one byte of which bits 0 and 1 switch TCP and UDP on, the hint in 2 bytes, then packets,
  * each with its length in 2 bytes in front.
@@ -205,10 +206,13 @@ void coalesce_holds(const uint8_t *input, size_t size)
 		size -= length;
 		if (!length ||
 		    !flow_parse(given->packet, length, ethertype_of(given->packet), &given->flow)) {
+			HOLDS(!gro_continue(&gro, given->packet, length));
 			free(given->packet);
 			continue;
 		}
 		stream.count++;
+		if (gro_continue(&gro, given->packet, length))
+			continue;
 		while (!gro_add(&gro, given->packet, &given->flow, hint, NULL))
 			write_out(&stream, &gro);
 	}
