@@ -70,6 +70,7 @@ SUITES = (
             "null-1thread",
             "null-flat",
             "null-gaps",
+            "null-unconnected",
             "null-zerocopy",
             "null-uring",
             "null-uring-1thread",

@@ -194,7 +194,7 @@ int main(int argc, char **argv)
 	add_route(&b, parse_address(other, PORT).sin_addr.s_addr, htonl(0xffffffffu), peer);
 	b.own = parse_address(own, PORT).sin_addr.s_addr;
 	b.tun = open_tun("bench0", 0, 0);
-	b.wire = open_udp(local, PORT);
+	b.wire = open_udp(local, PORT, false);
 	for (;;) {
 		struct pollfd ready[2] = { { b.tun, POLLIN, 0 }, { b.wire, POLLIN, 0 } };
 		bool more = true;

@@ -5,6 +5,7 @@
 
 #include <arpa/inet.h>
 #include <netinet/in.h>
+#include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -33,14 +34,17 @@ static inline struct sockaddr_in parse_address(const char *text, uint16_t port)
  * open_udp() - Open a UDP socket
  * @local:	IPv4 address that it is bound to
  * @port:	in host order
+ * @shared:	whether it is one of a group on that port (SO_REUSEPORT)
  *
  * Return: the descriptor
  */
-static inline int open_udp(const char *local, uint16_t port)
+static inline int open_udp(const char *local, uint16_t port, bool shared)
 {
 	struct sockaddr_in here = parse_address(local, port);
-	int fd = socket_in_netns(NULL, AF_INET, SOCK_DGRAM);
+	int fd = socket_in_netns(NULL, AF_INET, SOCK_DGRAM), on = 1;
 
+	if (shared && setsockopt(fd, SOL_SOCKET, SO_REUSEPORT, &on, sizeof(on)))
+		fail("SO_REUSEPORT");
 	if (bind(fd, (struct sockaddr *)&here, sizeof(here)))
 		fail("bind");
 	return fd;

@@ -231,6 +231,7 @@ VARIANTS = {
         Variant("null-1thread", "null", ("--design=gather", "--threads=1")),
         Variant("null-flat", "null", ("--design=flat", "--threads=2")),
         Variant("null-gaps", "null", ("--design=gaps", "--threads=2")),
+        Variant("null-unconnected", "null", ("--io=unconnected",)),
         Variant("null-zerocopy", "null", ("--io=zerocopy", "--design=gaps")),
         Variant("null-uring", "null", ("--io=uring", "--threads=2")),
         Variant("null-uring-1thread", "null", ("--io=uring", "--threads=1")),

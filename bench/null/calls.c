@@ -15,6 +15,7 @@
 struct sender {
 	struct encap encap;
 	int wire;
+	struct sockaddr_in *peer; // that each message names, when the socket is not connected
 	bool zerocopy;
 	uint32_t sent, completed; // of MSG_ZEROCOPY
 	uint8_t *slots;
@@ -88,7 +89,9 @@ static void send_messages(struct sender *s)
 		struct msghdr *head = &s->mmsg[i].msg_hdr;
 
 		*head = (struct msghdr) { .msg_iov = message->vectors,
-					  .msg_iovlen = message->vector_count };
+					  .msg_iovlen = message->vector_count,
+					  .msg_name = s->peer,
+					  .msg_namelen = s->peer ? sizeof(*s->peer) : 0 };
 		if (message->segments > 1)
 			set_segment_size(head, &s->control[i], message->segment);
 	}
@@ -116,28 +119,42 @@ static void encapsulate(void *sender)
 	send_messages(s);
 }
 
-static void run(const struct options *options, bool zerocopy)
+static void run(const struct options *options, struct sender *s)
 {
-	static struct sender s;
-	int on = 1;
-
-	encap_init(&s.encap, options);
-	s.wire = open_wire(options);
-	s.zerocopy = zerocopy;
-	s.slots = malloc((size_t)READS * SLOT);
-	if (!s.slots)
+	encap_init(&s->encap, options);
+	s->slots = malloc((size_t)READS * SLOT);
+	if (!s->slots)
 		fail("memory");
-	if (zerocopy && setsockopt(s.wire, SOL_SOCKET, SO_ZEROCOPY, &on, sizeof(on)))
-		fail("SO_ZEROCOPY");
-	forward_received(options, s.wire, encapsulate, &s);
+	forward_received(options, s->wire, encapsulate, s);
 }
 
 void run_calls(const struct options *options)
 {
-	run(options, false);
+	static struct sender s;
+
+	s.wire = open_wire(options);
+	run(options, &s);
+}
+
+void run_unconnected(const struct options *options)
+{
+	static struct sockaddr_in peer;
+	static struct sender s;
+
+	peer = parse_address(options->peer, WIRE_PORT);
+	s.wire = open_unconnected(options, true);
+	s.peer = &peer;
+	run(options, &s);
 }
 
 void run_zerocopy(const struct options *options)
 {
-	run(options, true);
+	static struct sender s;
+	int on = 1;
+
+	s.wire = open_wire(options);
+	s.zerocopy = true;
+	if (setsockopt(s.wire, SOL_SOCKET, SO_ZEROCOPY, &on, sizeof(on)))
+		fail("SO_ZEROCOPY");
+	run(options, &s);
 }

@@ -9,16 +9,21 @@ static const struct {
 	const char *name;
 	void (*run)(const struct options *options);
 } designs_of_io[] = {
-	{ "calls", run_calls },	  { "zerocopy", run_zerocopy },
-	{ "uring", run_uring },	  { "uring-sqpoll", run_uring_sqpoll },
-	{ "packet", run_packet }, { "packet-ring", run_packet_ring },
+	{ "calls", run_calls },
+	{ "unconnected", run_unconnected },
+	{ "zerocopy", run_zerocopy },
+	{ "uring", run_uring },
+	{ "uring-sqpoll", run_uring_sqpoll },
+	{ "packet", run_packet },
+	{ "packet-ring", run_packet_ring },
 	{ "xdp", run_xdp },
 };
 
 static int usage(void)
 {
 	fputs("null_forwarder: --local=ADDRESS --peer=ADDRESS --design=gather|flat|gaps "
-	      "--io=calls|zerocopy|uring|uring-sqpoll|packet|packet-ring|xdp --threads=1|2 "
+	      "--io=calls|unconnected|zerocopy|uring|uring-sqpoll|packet|packet-ring|xdp "
+	      "--threads=1|2 "
 	      "--queue=PACKETS\n",
 	      stderr);
 	return 2;

@@ -17,7 +17,10 @@
 //
 // Who moves the bytes is a design of its own (--io, one file each):
 // calls	readv and sendmmsg (calls.c), recvmmsg and writev (receive.c)
-// zerocopy	the same, sent with MSG_ZEROCOPY; takes `flat` or `gaps`
+// unconnected	the same by a socket of a group that anyone may send to, each message addressed, as
+// a
+//		node with more than one peer must
+// zerocopy	as calls, sent with MSG_ZEROCOPY; takes `flat` or `gaps`
 // uring	everything by io_uring, reads and receives as multishot (uring.c)
 // uring-sqpoll	the same without system calls while a thread of the kernel watches the ring
 // packet	out by a packet socket on the underlay, which takes GSO frames (packet.c)
@@ -144,6 +147,7 @@ void join_message(struct decap *d, uint8_t *bytes, size_t length, size_t datagra
 void flush(struct decap *d);
 void write_now(struct decap *d);
 
+int open_unconnected(const struct options *options, bool shared);
 int open_wire(const struct options *options);
 void forward(const struct options *options, const struct sides *sides);
 void forward_received(const struct options *options, int wire, void (*encapsulate)(void *sender),
@@ -152,6 +156,7 @@ size_t set_segment_size(struct msghdr *head, void *control, size_t segment);
 size_t gro_size(struct msghdr *head, size_t length);
 
 void run_calls(const struct options *options);
+void run_unconnected(const struct options *options);
 void run_zerocopy(const struct options *options);
 void run_uring(const struct options *options);
 void run_uring_sqpoll(const struct options *options);

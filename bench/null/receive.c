@@ -12,6 +12,24 @@
 enum { RECEIVES = 16, SOCKET_BUFFER = 8 << 20 };
 
 /**
+ * open_unconnected() - Open a socket that anyone may send to
+ * @options:	the addresses
+ * @shared:	whether it is one of a group on its port
+ *
+ * Return: the descriptor
+ */
+int open_unconnected(const struct options *options, bool shared)
+{
+	int fd = open_udp(options->local, WIRE_PORT, shared), on = 1, dont = IP_PMTUDISC_DONT;
+
+	force_buffers(fd, SOCKET_BUFFER);
+	if (setsockopt(fd, SOL_UDP, UDP_GRO, &on, sizeof(on)) ||
+	    setsockopt(fd, IPPROTO_IP, IP_MTU_DISCOVER, &dont, sizeof(dont)))
+		fail("setsockopt");
+	return fd;
+}
+
+/**
  * open_wire() - Open the socket to the peer
  * @options:	the addresses
  *
@@ -20,12 +38,8 @@ enum { RECEIVES = 16, SOCKET_BUFFER = 8 << 20 };
 int open_wire(const struct options *options)
 {
 	struct sockaddr_in there = parse_address(options->peer, WIRE_PORT);
-	int fd = open_udp(options->local, WIRE_PORT), on = 1, dont = IP_PMTUDISC_DONT;
+	int fd = open_unconnected(options, false);
 
-	force_buffers(fd, SOCKET_BUFFER);
-	if (setsockopt(fd, SOL_UDP, UDP_GRO, &on, sizeof(on)) ||
-	    setsockopt(fd, IPPROTO_IP, IP_MTU_DISCOVER, &dont, sizeof(dont)))
-		fail("setsockopt");
 	if (connect(fd, (struct sockaddr *)&there, sizeof(there)))
 		fail("connect");
 	return fd;
