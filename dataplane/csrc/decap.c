@@ -101,16 +101,18 @@ static struct outer outer_of(const struct receive *receive, struct msghdr *heade
 	return outer;
 }
 
-/* Return: 0, or an errno */
+/* Write a packet with a vnet header in front, where its push was. Return: 0, or an errno */
 static int write_tun(struct decap_side *side, const struct vnet_header *vnet, struct iovec *packet,
 		     unsigned int pieces)
 {
-	struct iovec iov[1 + GRO_SEGMENTS_PER_PACKET] = { { (void *)vnet, sizeof(*vnet) } };
 	ssize_t written;
 
-	memcpy(iov + 1, packet, pieces * sizeof(*packet));
+	static_assert(sizeof(*vnet) <= PUSH, "a vnet header has room where the push was");
+	packet->iov_base = (uint8_t *)packet->iov_base - sizeof(*vnet);
+	packet->iov_len += sizeof(*vnet);
+	memcpy(packet->iov_base, vnet, sizeof(*vnet));
 	do
-		written = writev(side->tun_fd, iov, 1 + (int)pieces);
+		written = writev(side->tun_fd, packet, (int)pieces);
 	while (written < 0 && errno == EINTR);
 	count_up(&side->counters.tun_writes, 1);
 	return written < 0 ? errno : 0;

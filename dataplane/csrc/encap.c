@@ -48,6 +48,7 @@
 #define INTERVAL_NS (10 * 1000 * 1000)
 
 /* A packet with the most segments, each with a push and headers, behind a gap for alignment. */
+static_assert(sizeof(struct vnet_header) <= PUSH, "a vnet header has room where the push will be");
 static_assert(PACKET_MAX + (DATAGRAMS_PER_ADD + 1) * (PUSH + GSO_HEADERS_MAX) + CACHE_LINE <=
 		      PACKET_ROOM,
 	      "what a packet becomes has room");
@@ -57,21 +58,24 @@ static void drop(struct encap_side *side, int reason, size_t packets)
 	count_up(&side->counters.drops[reason], packets);
 }
 
-/* Read a packet to @at, a super-packet's payloads where the queue's guess says they will be needed.
+/*
+ * Read a packet to @at and its vnet header in front, where the push will be; a super-packet's
+ * payloads where the queue's guess says they will be needed.
  */
-static ssize_t read_packet(const struct tun_queue *queue, uint8_t *at, struct vnet_header *vnet)
+static ssize_t read_packet(const struct tun_queue *queue, uint8_t *at)
 {
-	struct iovec iov[2 + READ_SEGMENTS];
+	struct iovec iov[READ_SEGMENTS + 1];
+	size_t front = sizeof(struct vnet_header);
 	size_t length = queue->size ? queue->headers + queue->size : PACKET_MAX;
 	size_t left = PACKET_MAX;
-	int count = 1;
+	int count = 0;
 	ssize_t got;
 
-	iov[0] = (struct iovec) { vnet, sizeof(*vnet) };
 	while (left) {
-		if (count == 1 + READ_SEGMENTS || length > left)
+		if (count == READ_SEGMENTS || length > left)
 			length = left;
-		iov[count++] = (struct iovec) { at, length };
+		iov[count++] = (struct iovec) { at - front, front + length };
+		front = 0;
 		left -= length;
 		at += length + PUSH + queue->headers;
 		length = queue->size;
@@ -188,20 +192,21 @@ static void send_packet(struct encap_side *side, const struct encap *encap,
  * @datagram + PUSH. Return: why it is dropped (enum fp_drop), or -1
  */
 static int make_datagrams(struct encap_side *side, struct tun_queue *queue, uint8_t *datagram,
-			  size_t got, const struct vnet_header *vnet, struct encap *encap,
-			  struct waiting *packet)
+			  size_t got, struct encap *encap, struct waiting *packet)
 {
 	uint8_t *ip = datagram + PUSH;
+	struct vnet_header vnet;
 	struct gso gso;
 	size_t length;
 
-	if (got < sizeof(*vnet))
+	if (got < sizeof(vnet))
 		return FP_DROP_ENCAP_MALFORMED;
-	encap_packet(side->ctx, ip, got - sizeof(*vnet), encap);
+	memcpy(&vnet, ip - sizeof(vnet), sizeof(vnet));
+	encap_packet(side->ctx, ip, got - sizeof(vnet), encap);
 	if (encap->drop >= 0)
 		return encap->drop;
 	length = encap->flow.length;
-	if (!gso_parse(vnet, ip, &encap->flow, &gso) || gso.segments > DATAGRAMS_PER_ADD)
+	if (!gso_parse(&vnet, ip, &encap->flow, &gso) || gso.segments > DATAGRAMS_PER_ADD)
 		return FP_DROP_ENCAP_MALFORMED;
 	*packet = (struct waiting) {
 		.queue = queue,
@@ -227,7 +232,7 @@ static int make_datagrams(struct encap_side *side, struct tun_queue *queue, uint
 	}
 	if (gso.protocol)
 		gso_fill(&gso, ip, PUSH);
-	else if (!gso_complete_checksum(vnet, ip, &encap->flow))
+	else if (!gso_complete_checksum(&vnet, ip, &encap->flow))
 		return FP_DROP_ENCAP_MALFORMED;
 	return -1;
 }
@@ -245,10 +250,9 @@ static int take_packet(struct encap_side *side, struct tun_queue *queue, uint8_t
 		       struct batch *batch)
 {
 	uint8_t *datagram = start_in(room, queue);
-	struct vnet_header vnet;
 	struct waiting packet;
 	struct encap encap;
-	ssize_t got = read_packet(queue, datagram + PUSH, &vnet);
+	ssize_t got = read_packet(queue, datagram + PUSH);
 	int reason;
 
 	if (got <= 0) {
@@ -257,7 +261,7 @@ static int take_packet(struct encap_side *side, struct tun_queue *queue, uint8_t
 	}
 	count_up(&side->counters.tun_reads, 1);
 	batch->packets++;
-	reason = make_datagrams(side, queue, datagram, (size_t)got, &vnet, &encap, &packet);
+	reason = make_datagrams(side, queue, datagram, (size_t)got, &encap, &packet);
 	if (reason >= 0) {
 		drop(side, reason, 1);
 		return 0;
