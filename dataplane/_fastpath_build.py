@@ -24,6 +24,7 @@ C_FILES = (
     "gso",
     "lane",
     "send",
+    "shift",
     "worker",
 )
 

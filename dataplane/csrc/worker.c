@@ -15,21 +15,12 @@
  * transfer, unless both are in one queue or socket. While there is little to do at all, one thread
  * does it, which saves wake-ups.
  *
- * The first thread gives away the source with most packets when it has slept for less than half of
- * WINDOW_NS; the others give back what had few in CALM_NS.
- *
- * A thread that is always sooner at a core than the load beside it works in small batches, which
- * one flow alone pays for and nobody gains from. So two threads are well raised, and only while
- * several flows are mixed: the first one when it has several, and the one that receives bulk when
- * they come by one socket, as one of them may be waiting behind the other's bulk.
- *
- * A thread that has had packets goes on polling for `poll_us` before it sleeps: the next packet
- * then costs no wake-up. Before each look whoever else wants the core has it, unless the thread is
- * realtime.
+ * What its threads do is in csrc/shift.c.
  */
 #define _GNU_SOURCE
+#include "worker.h"
+
 #include <errno.h>
-#include <sched.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <sys/epoll.h>
@@ -37,56 +28,8 @@
 #include <sys/resource.h>
 #include <unistd.h>
 
-#include "lane.h"
-
-#define BATCHES_PER_TURN 4
-#define NICE_MIN (-20)
-#define NICE_STEPS 3 /* twice the share of a process at the daemon's own nice value */
-#define MIXED_NICE_STEPS 8 /* six times the share */
-#define MIXED_MS 100 /* flows are mixed for so long after they were seen to be */
-#define WINDOW_NS (2 * 1000 * 1000)
-#define CALM_NS (20 * 1000 * 1000)
-#define CALM_MS 20
-#define CALM_PACKETS 64
-#define BEAT_MS 1000 /* a thread turns at least so often, to show that it can */
 /* For all that was read, at the speed of the network card. */
 #define DRAIN_NS (1000 * 1000 * 1000ULL)
-
-/* What each lane has, beside one for all. */
-enum { FIRST, BULK_ENCAP, BULK_DECAP, LANES };
-
-/* A thread at work in a lane. */
-struct shift {
-	struct fp_worker *worker;
-	struct lane *lane;
-	pthread_t thread;
-	uint64_t now; /* when its last turn ended; ns */
-	uint64_t last; /* when it moved packets; ns */
-	uint64_t idle; /* ns in waits, since it began */
-	uint64_t mixed_ms; /* when flows were last seen to be mixed */
-	bool is_mixed; /* and it is raised for that */
-	_Atomic uint64_t turned_ms; /* when its present turn began */
-};
-
-struct fp_worker {
-	struct fp_ctx *ctx;
-	struct fp_worker *next;
-	int stop_fd; /* readable once threads are to end */
-	int error_fd; /* readable once a thread has ended with an error */
-	_Atomic int error;
-	_Atomic int schedule_error;
-	int schedule;
-	int nice; /* of the daemon */
-	uint64_t poll_ns;
-	int threads; /* that it is to have */
-	unsigned int started;
-	struct shift shift[LANES];
-	struct lane lane[LANES];
-	unsigned int sources;
-	struct source source[SOURCES_MAX];
-	struct tun_queue queue[TUN_QUEUES_MAX];
-	struct receive_socket socket[RECEIVE_SOCKETS_MAX];
-};
 
 /* Put every source into the first lane. Return: 0, or an errno */
 static int add_sources(struct fp_worker *worker, const struct fp_io *io)
@@ -243,50 +186,6 @@ int fp_worker_turn(struct fp_worker *worker)
 	return total;
 }
 
-static void fail(struct fp_worker *worker, int err)
-{
-	worker->error = err;
-	eventfd_write(worker->error_fd, 1);
-}
-
-/*
- * Run the calling thread (that is what 0 means on Linux) some nice steps above the daemon. Return:
- * 0, or -1 with errno set
- */
-static int raise_thread(const struct fp_worker *worker, bool is_mixed)
-{
-	int raised = worker->nice - (is_mixed ? MIXED_NICE_STEPS : NICE_STEPS);
-
-	return setpriority(PRIO_PROCESS, 0, raised < NICE_MIN ? NICE_MIN : raised);
-}
-
-/* Give the calling thread the schedule of @worker; without the right to it stays as it is. */
-static void schedule(struct fp_worker *worker)
-{
-	struct sched_param realtime = { .sched_priority = 1 };
-	int err = 0;
-
-	if (worker->schedule == FP_SCHEDULE_REALTIME)
-		err = sched_setscheduler(0, SCHED_RR, &realtime);
-	else if (worker->schedule == FP_SCHEDULE_RAISED)
-		err = raise_thread(worker, false);
-	if (err)
-		worker->schedule_error = errno;
-}
-
-/* Raise the calling thread as its flows ask for. */
-static void reschedule(struct shift *shift, uint64_t now_ms)
-{
-	const struct fp_worker *worker = shift->worker;
-	bool is_mixed = shift->mixed_ms && now_ms - shift->mixed_ms < MIXED_MS;
-
-	if (is_mixed == shift->is_mixed)
-		return;
-	shift->is_mixed = is_mixed;
-	if (worker->schedule == FP_SCHEDULE_RAISED && !worker->schedule_error)
-		raise_thread(worker, is_mixed);
-}
-
 /**
  * fp_worker_schedule_error() - Why a thread runs as any other
  *
@@ -295,162 +194,6 @@ static void reschedule(struct shift *shift, uint64_t now_ms)
 int fp_worker_schedule_error(const struct fp_worker *worker)
 {
 	return worker->schedule_error;
-}
-
-/* Wait for work, awake at first if there were packets a moment ago. Return: as lane_wait() */
-static int rest(struct shift *shift, int timeout_ms)
-{
-	uint64_t began = now_ns();
-	uint64_t poll_ns = shift->worker->poll_ns;
-	int ready = 0;
-
-	atomic_store_explicit(&shift->turned_ms, began / 1000000, memory_order_relaxed);
-	while (!ready && poll_ns && now_ns() < shift->last + poll_ns) {
-		sched_yield();
-		ready = lane_wait(shift->lane, 0);
-	}
-	if (!ready)
-		ready = lane_wait(shift->lane, timeout_ms);
-	shift->idle += now_ns() - began;
-	return ready;
-}
-
-/* One turn of a thread. Return: 0, or an errno */
-static int work(struct shift *shift, int timeout_ms)
-{
-	int ready = rest(shift, timeout_ms);
-	int moved = ready < 0 ? ready : lane_turn(shift->lane, BATCHES_PER_TURN);
-
-	shift->now = now_ns();
-	if (moved > 0)
-		shift->last = shift->now;
-	return moved < 0 ? -moved : 0;
-}
-
-/* Whether sources change lanes. */
-static bool is_adaptive(const struct fp_worker *worker)
-{
-	return worker->threads == LANES;
-}
-
-/* What the sources of the first lane have moved in a window. */
-struct census {
-	struct source *busiest; /* NULL: none has moved a packet */
-	size_t most; /* packets of that one */
-	unsigned int queues, sockets; /* that have moved any */
-};
-
-/* Take it, and begin to count anew. */
-static struct census take_census(struct fp_worker *worker)
-{
-	struct census census = { 0 };
-
-	for (unsigned int i = 0; i < worker->sources; i++) {
-		struct source *source = &worker->source[i];
-
-		if (!worker->lane[FIRST].has[i] || !source->packets)
-			continue;
-		if (source->queue)
-			census.queues++;
-		else
-			census.sockets++;
-		if (source->packets > census.most) {
-			census.most = source->packets;
-			census.busiest = source;
-		}
-		source->packets = 0;
-	}
-	return census;
-}
-
-/* A window of the first lane has ended, and it was busy or not. Return: 0, or an errno */
-static int end_window(struct shift *shift, bool is_busy)
-{
-	struct fp_worker *worker = shift->worker;
-	struct census census = take_census(worker);
-	uint64_t now_ms = shift->now / 1000000;
-
-	if (census.queues > 1 || census.sockets > 1)
-		shift->mixed_ms = now_ms;
-	reschedule(shift, now_ms);
-	if (!is_busy || !census.busiest)
-		return 0;
-	return lane_move(shift->lane,
-			 &worker->lane[census.busiest->queue ? BULK_ENCAP : BULK_DECAP],
-			 census.busiest);
-}
-
-/* The thread of the first lane. */
-static void *run_first(void *arg)
-{
-	struct shift *shift = arg;
-	struct fp_worker *worker = shift->worker;
-	uint64_t window = now_ns(), idle = 0;
-
-	schedule(worker);
-	for (;;) {
-		int err = work(shift, BEAT_MS);
-		uint64_t now = shift->now;
-
-		if (!err && shift->lane->stopped)
-			return NULL;
-		if (!err && is_adaptive(worker) && now - window >= WINDOW_NS) {
-			err = end_window(shift, shift->idle - idle < (now - window) / 2);
-			window = now;
-			idle = shift->idle;
-		}
-		if (err) {
-			fail(worker, err);
-			return NULL;
-		}
-	}
-}
-
-/* Give back to the first lane what had few packets since the last call. Return: 0, or an errno */
-static int give_back(struct fp_worker *worker, struct lane *lane)
-{
-	int err = 0;
-
-	for (unsigned int i = 0; i < worker->sources && !err; i++) {
-		struct source *source = &worker->source[i];
-		bool is_calm;
-
-		if (!lane->has[i])
-			continue;
-		is_calm = source->packets < CALM_PACKETS;
-		source->packets = 0;
-		if (is_calm)
-			err = lane_move(lane, &worker->lane[FIRST], source);
-	}
-	return err;
-}
-
-/* The thread of another lane. */
-static void *run_other(void *arg)
-{
-	struct shift *shift = arg;
-	struct fp_worker *worker = shift->worker;
-	struct lane *lane = shift->lane;
-	uint64_t window = now_ns();
-
-	schedule(worker);
-	for (;;) {
-		int err = work(shift, is_adaptive(worker) && lane->held ? CALM_MS : BEAT_MS);
-		uint64_t now = shift->now;
-
-		if (!err && lane->stopped)
-			return NULL;
-		shift->mixed_ms = lane->decap.mixed_ms;
-		reschedule(shift, lane->decap.received_ms);
-		if (!err && is_adaptive(worker) && now - window >= CALM_NS) {
-			err = give_back(worker, lane);
-			window = now;
-		}
-		if (err) {
-			fail(worker, err);
-			return NULL;
-		}
-	}
 }
 
 /* Let the stop signal end every wait, or take it back. Return: 0, or an errno */
@@ -468,16 +211,10 @@ static int watch_stop(struct fp_worker *worker, int operation)
 
 static int start_thread(struct fp_worker *worker, int lane, const char *name)
 {
-	struct shift *shift = &worker->shift[worker->started];
-	int err;
+	int err = shift_start(&worker->shift[worker->started], worker, &worker->lane[lane], name);
 
-	*shift = (struct shift) { .worker = worker, .lane = &worker->lane[lane] };
-	shift->turned_ms = now_ns() / 1000000;
-	err = pthread_create(&shift->thread, NULL, lane == FIRST ? run_first : run_other, shift);
-	if (!err) {
-		pthread_setname_np(shift->thread, name);
+	if (!err)
 		worker->started++;
-	}
 	return err;
 }
 
@@ -513,7 +250,7 @@ static void choose_reading(struct fp_worker *worker)
 {
 	for (int i = 0; i < LANES; i++)
 		worker->lane[i].encap.reads_ahead =
-			worker->threads && (i != FIRST || !is_adaptive(worker));
+			worker->threads && (i != FIRST || !worker_is_adaptive(worker));
 }
 
 /**
@@ -583,7 +320,7 @@ int fp_worker_stop(struct fp_worker *worker)
 /** fp_worker_threads() - How many threads move packets now; 0 when the caller's turns do */
 int fp_worker_threads(const struct fp_worker *worker)
 {
-	if (!is_adaptive(worker))
+	if (!worker_is_adaptive(worker))
 		return worker->threads;
 	return 1 + (worker->lane[BULK_ENCAP].held > 0) + (worker->lane[BULK_DECAP].held > 0);
 }

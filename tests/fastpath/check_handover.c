@@ -7,12 +7,15 @@
 #define _GNU_SOURCE
 #include "check.h"
 
-/* Who has a source is to be seen only from within. */
-#include "worker.c"
-
 #include <arpa/inet.h>
 #include <dirent.h>
 #include <netinet/in.h>
+#include <sched.h>
+#include <sys/resource.h>
+#include <unistd.h>
+
+/* Who has a source is to be seen only from within. */
+#include "worker.h"
 
 #define CHANGES 20000
 #define CYCLES 10
