@@ -7,7 +7,7 @@ import os
 import shlex
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -128,15 +128,13 @@ class Bench:
     @contextmanager
     def _stacks(self, suite: Suite, mode: str) -> Iterator[list[Stack]]:
         stacks: list[Stack] = []
-        try:
+        with ExitStack() as closing:
             for text in suite.variants:
                 stack = self._build(parse_variant(text, self._common), mode)
                 if stack:
+                    closing.callback(stack.close)
                     stacks.append(stack)
             yield stacks
-        finally:
-            for stack in stacks:
-                stack.close()
 
     def _build(self, variant: Variant, mode: str) -> Stack | None:
         try:

@@ -25,11 +25,15 @@ def positive(text: str) -> int:
 
 
 def begin() -> None:
-    """Before anything is made: it takes root, and SIGTERM is to unwind as an exit does."""
+    """Before anything is made: it takes root, and SIGTERM is to unwind as an exit does.
+
+    A second one would leave behind what the unwinding has not come to yet.
+    """
     if os.geteuid() != 0:
         sys.exit("run it as root: it makes network namespaces")
 
     def end(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_IGN)
         raise SystemExit(128 + number)
 
     signal.signal(signal.SIGTERM, end)

@@ -22,6 +22,8 @@ def main():
         say("begun")
         time.sleep(60)
     finally:
+        say("removing")
+        time.sleep(0.5)
         say("removed")
     return 0
 
@@ -45,3 +47,16 @@ def test_a_signal_removes_what_was_made(number: signal.Signals, code: int) -> No
         process.send_signal(number)
         assert "removed" in process.stdout.read()
     assert process.returncode == code
+
+
+def test_a_second_sigterm_leaves_nothing_behind() -> None:
+    require_root()
+    command = [sys.executable, "-c", SLEEPS]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        assert process.stdout.readline() == "begun\n"
+        process.terminate()
+        assert process.stdout.readline() == "removing\n"
+        process.terminate()
+        assert process.stdout.readline() == "removed\n"
+    assert process.returncode == 143
