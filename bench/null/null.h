@@ -17,9 +17,8 @@
 //
 // Who moves the bytes is a design of its own (--io, one file each):
 // calls	readv and sendmmsg (calls.c), recvmmsg and writev (receive.c)
-// unconnected	the same by a socket of a group that anyone may send to, each message addressed, as
-// a
-//		node with more than one peer must
+// unconnected	the same by a socket of a group that anyone may send to, each message addressed:
+//		a node with more than one peer must
 // zerocopy	as calls, sent with MSG_ZEROCOPY; takes `flat` or `gaps`
 // uring	everything by io_uring, reads and receives as multishot (uring.c)
 // uring-sqpoll	the same without system calls while a thread of the kernel watches the ring
