@@ -27,7 +27,7 @@ def positive(text: str) -> int:
 def begin() -> None:
     """Before anything is made: it takes root, and SIGTERM is to unwind as an exit does.
 
-    A second one would leave behind what the unwinding has not come to yet.
+    A second one is ignored: it would leave behind what the unwinding has not come to yet.
     """
     if os.geteuid() != 0:
         sys.exit("run it as root: it makes network namespaces")

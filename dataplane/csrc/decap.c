@@ -225,17 +225,10 @@ static bool goes_on(struct decap_side *side, const uint8_t *before, uint8_t *dat
 static bool is_super_packet(const uint8_t *message, size_t length)
 {
 	const struct vxlan_push *push = (const struct vxlan_push *)message;
-	const uint8_t *packet = message + sizeof(*push);
-	size_t inner;
 
-	/* Both length fields lie in the first 20 bytes of their headers. */
-	if (length < sizeof(*push) + sizeof(struct ipv4_header))
-		return false;
-	inner = get_be16(push->eth.type) == ETHERTYPE_IPV4
-			? get_be16(((const struct ipv4_header *)packet)->total_length)
-			: sizeof(struct ipv6_header) +
-				  get_be16(((const struct ipv6_header *)packet)->payload_length);
-	return sizeof(*push) + inner == length;
+	return length >= PUSH + sizeof(struct ipv4_header) &&
+	       PUSH + ip_total_length(message + PUSH, get_be16(push->eth.type) == ETHERTYPE_IPV4) ==
+		       length;
 }
 
 /* Make a message ready to be received into; the kernel changes these fields of those it fills. */

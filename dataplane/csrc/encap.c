@@ -47,8 +47,8 @@
 #define TARGET_NS (1000 * 1000)
 #define INTERVAL_NS (10 * 1000 * 1000)
 
-/* A packet with the most segments, each with a push and headers, behind a gap for alignment. */
 static_assert(sizeof(struct vnet_header) <= PUSH, "a vnet header has room where the push will be");
+/* A packet with the most segments, each with a push and headers, behind a gap for alignment. */
 static_assert(PACKET_MAX + (DATAGRAMS_PER_ADD + 1) * (PUSH + GSO_HEADERS_MAX) + CACHE_LINE <=
 		      PACKET_ROOM,
 	      "what a packet becomes has room");

@@ -320,11 +320,10 @@ bool gro_add(struct gro *gro, uint8_t *packet, const struct flow *flow, size_t h
 
 static bool has_sound_header(const uint8_t *packet, size_t length)
 {
-	if (packet[0] >> 4 == 4)
-		return get_be16(((const struct ipv4_header *)packet)->total_length) == length &&
-		       checksum(packet, sizeof(struct ipv4_header)) == 0;
-	return get_be16(((const struct ipv6_header *)packet)->payload_length) ==
-	       length - sizeof(struct ipv6_header);
+	bool is_ipv4 = packet[0] >> 4 == 4;
+
+	return ip_total_length(packet, is_ipv4) == length &&
+	       (!is_ipv4 || checksum(packet, sizeof(struct ipv4_header)) == 0);
 }
 
 /**

@@ -91,6 +91,14 @@ struct ipv6_header {
 };
 static_assert(sizeof(struct ipv6_header) == 40, "IPv6 header");
 
+/* Bytes of a packet, as its header says: both length fields lie in the first 20 of them. */
+static inline size_t ip_total_length(const uint8_t *packet, bool is_ipv4)
+{
+	return is_ipv4 ? get_be16(((const struct ipv4_header *)packet)->total_length)
+		       : sizeof(struct ipv6_header) +
+				 get_be16(((const struct ipv6_header *)packet)->payload_length);
+}
+
 enum tcp_flag {
 	TCP_FIN = 0x01,
 	TCP_SYN = 0x02,

@@ -13,6 +13,7 @@ from bench.program import begin
 from tests.lab.require import require_root
 
 SLEEPS = """
+import sys
 import time
 from bench.program import begin, run_program, say
 
@@ -23,12 +24,21 @@ def main():
         time.sleep(60)
     finally:
         say("removing")
-        time.sleep(0.5)
+        sys.stdin.readline()
         say("removed")
     return 0
 
 run_program(main)
 """
+
+
+def sleeper() -> subprocess.Popen[str]:
+    """A program that has begun, and does not end its removal before stdin says so."""
+    pipe = subprocess.PIPE
+    process = subprocess.Popen([sys.executable, "-c", SLEEPS], stdin=pipe, stdout=pipe, text=True)
+    assert process.stdout
+    assert process.stdout.readline() == "begun\n"
+    return process
 
 
 def test_it_takes_root(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,23 +50,18 @@ def test_it_takes_root(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_removes_what_was_made(number: signal.Signals, code: int) -> None:
     require_root()
-    command = [sys.executable, "-c", SLEEPS]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout
-        assert process.stdout.readline() == "begun\n"
+    with sleeper() as process:
         process.send_signal(number)
-        assert "removed" in process.stdout.read()
+        assert "removed" in process.communicate()[0]
     assert process.returncode == code
 
 
 def test_a_second_sigterm_leaves_nothing_behind() -> None:
     require_root()
-    command = [sys.executable, "-c", SLEEPS]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    with sleeper() as process:
         assert process.stdout
-        assert process.stdout.readline() == "begun\n"
         process.terminate()
         assert process.stdout.readline() == "removing\n"
         process.terminate()
-        assert process.stdout.readline() == "removed\n"
+        assert process.communicate("go on\n")[0] == "removed\n"
     assert process.returncode == 143

@@ -16,20 +16,11 @@ from dataclasses import replace
 
 import pytest
 
-from pyflannel.dataplane.fastpath import AntiSpoofing
+from pyflannel.dataplane.fastpath import PUSH_BYTES, AntiSpoofing
 from pyflannel.dataplane.offload import EVERY_OFFLOAD
 from pyflannel.dataplane.route import Route, Vni
 from tests.dataplane.packets import Packet, body
-from tests.dataplane.path import (
-    MACS,
-    NETWORKS,
-    PORT,
-    SUBNETS,
-    Node,
-    by_flow,
-    cabled,
-    inside,
-)
+from tests.dataplane.path import MACS, NETWORKS, PORT, SUBNETS, Node, by_flow, cabled, inside
 from tests.dataplane.twin import Twin
 from tests.dataplane.twin_segments import TCP, UDP
 from tests.lab.hosts import Host
@@ -45,7 +36,7 @@ def hosts() -> Iterator[tuple[Host, Host]]:
         yield made
 
 
-def datagrams_of(rng: random.Random, family: int) -> list[bytes]:
+def datagrams_of(rng: random.Random, family: int, peer: Twin) -> list[bytes]:
     """Datagrams of one stream and one size, some of them changed in any way."""
     source, destination = (subnet[7].packed for subnet in SUBNETS[family])
     packet = Packet(
@@ -55,8 +46,7 @@ def datagrams_of(rng: random.Random, family: int) -> list[bytes]:
         ports=(rng.randrange(1000, 1010), 80),
         tos=rng.randrange(4),
     )
-    size, ethertype = rng.choice([9, 700, 1380]), b"\x08\x00" if family == 4 else b"\x86\xdd"
-    push = b"\x08\0\0\0\0\0\1\0" + MACS[1].octets + MACS[0].octets + ethertype
+    size = rng.choice([9, 700, 1380])
     made = []
     for number in range(rng.randint(2, 40)):
         payload = body(size, rng.randrange(256))
@@ -67,33 +57,24 @@ def datagrams_of(rng: random.Random, family: int) -> list[bytes]:
             one = replace(one, source=SUBNETS[family][1][9].packed)
         elif chance == 1:
             one = replace(one, tos=rng.randrange(4))
-        datagram = bytearray(push + one.build())
+        encapsulated = peer.encapsulate(one.build())
+        assert not isinstance(encapsulated, str)
+        datagram = bytearray(encapsulated[0])
         if chance == 2:
-            datagram[rng.randrange(len(push))] ^= 1 << rng.randrange(8)
+            datagram[rng.randrange(PUSH_BYTES)] ^= 1 << rng.randrange(8)
         elif chance in (3, 4):
-            datagram[len(push) + rng.randrange(one.headers())] ^= 1 << rng.randrange(8)
+            datagram[PUSH_BYTES + rng.randrange(one.headers())] ^= 1 << rng.randrange(8)
         made.append(bytes(datagram))
-    made[-1] = made[-1][: rng.randint(1, len(made[-1]))] if rng.random() < 0.2 else made[-1]
+    if rng.random() < 0.2:
+        made[-1] = made[-1][: rng.randint(1, len(made[-1]))]
     return made
 
 
-class Peer:
-    """A host that sends messages."""
-
-    def __init__(self, host: Host, to: Host) -> None:
-        with inside(host):
-            self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        self._socket.connect((str(to.address), PORT))
-
-    def send(self, datagrams: list[bytes], tos: int) -> None:
-        """Send datagrams of one size, the last one's may be less, as one message."""
-        self._socket.setsockopt(socket.IPPROTO_IP, socket.IP_TOS, tos)
-        self._socket.setsockopt(SOL_UDP, UDP_SEGMENT, len(datagrams[0]))
-        self._socket.send(b"".join(datagrams))
-
-    def close(self) -> None:
-        """Leave nothing behind."""
-        self._socket.close()
+def send(sender: socket.socket, datagrams: list[bytes], tos: int) -> None:
+    """Send datagrams of one size, the last one's may be less, as one message."""
+    sender.setsockopt(socket.IPPROTO_IP, socket.IP_TOS, tos)
+    sender.setsockopt(SOL_UDP, UDP_SEGMENT, len(datagrams[0]))
+    sender.send(b"".join(datagrams))
 
 
 def receive(node: Node, packets: int, drops: int) -> list[bytes]:
@@ -114,7 +95,8 @@ def test_each_datagram_of_a_message_is_checked(
     hosts: tuple[Host, Host], family: int, mode: AntiSpoofing
 ) -> None:
     here = hosts[0].address
-    route = Route(SUBNETS[family][0], MACS[0], here, PORT)
+    route, back = (Route(*one, here, PORT) for one in zip(SUBNETS[family], MACS))
+    peer = Twin(Vni(1), MACS[0], NETWORKS[family], (back,))
     strict = Twin(Vni(1), MACS[1], NETWORKS[family], (route,))
     twin = replace(strict, mode=mode.name.lower())
     rng = random.Random(family)
@@ -125,11 +107,12 @@ def test_each_datagram_of_a_message_is_checked(
         node = Node(hosts[1], 1, family, EVERY_OFFLOAD, mode)
         closing.callback(node.close)
         node.context.replace(route)
-        peer = Peer(*hosts)
-        closing.callback(peer.close)
+        with inside(hosts[0]):
+            sender = closing.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+        sender.connect((str(hosts[1].address), PORT))
         for _ in range(MESSAGES):
-            datagrams, tos = datagrams_of(rng, family), rng.randrange(4)
-            peer.send(datagrams, tos)
+            datagrams, tos = datagrams_of(rng, family, peer), rng.randrange(4)
+            send(sender, datagrams, tos)
             verdicts = [twin.decapsulate(one, here, tos) for one in datagrams]
             arriving = [one for one in verdicts if isinstance(one, bytes)]
             dropped.update(one for one in verdicts if isinstance(one, str))
