@@ -43,7 +43,11 @@ def _network(host: Host) -> dict[str, int]:
     return {name: values.get(name, 0) for name in NETWORK}
 
 
-def _drops(host: Host) -> dict[str, int]:
+def _drops(host: Host) -> Counter[str]:
     page = host.exec(sys.executable, "-c", FETCH, f"http://127.0.0.1:{METRICS_PORT}/metrics")
-    found = re.findall(r'^pyflannel_drops_total\{reason="(\w+)"\} ([\d.e+]+)', page, re.MULTILINE)
-    return {f"drop:{reason}": int(float(count)) for reason, count in found}
+    found = re.findall(r'^pyflannel_drops_total\{.*\breason="(\w+)"\} (\S+)$', page, re.MULTILINE)
+    assert found, f"no drops on the metrics page: {page}"
+    drops: Counter[str] = Counter()
+    for reason, count in found:
+        drops[f"drop:{reason}"] += int(count)
+    return drops

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import closing
 
 import pytest
 
+from bench.counters import read_counters
 from bench.soak import LOADS, SoakError, run, soak
 from bench.variants import build, compile_tools, parse_variant
+from tests.lab.hosts import wait_until
 from tests.lab.require import require_program, require_root
 
 pytestmark = pytest.mark.alone
@@ -27,6 +30,14 @@ def test_nothing_is_changed_on_the_way(variant: str) -> None:
     progress = run(PACKETS, parse_variant(variant))
     assert progress.total >= PACKETS
     assert set(progress.received) == {*LOADS, "TCP"}
+
+
+def test_a_drop_is_found() -> None:
+    send = "import socket, sys; socket.socket(2, 2).sendto(b'no', (sys.argv[1], 8472))"
+    with closing(build(parse_variant("ours"), "wire-nocsum")) as stack:
+        before = read_counters(stack)
+        stack.source.exec(sys.executable, "-c", send, str(stack.sink.address))
+        wait_until(lambda: "drop:short" in read_counters(stack) - before, "the drop is counted")
 
 
 def test_a_changed_byte_is_found() -> None:
