@@ -379,9 +379,9 @@ class Context:
         return Worker(worker)
 
     def close(self) -> None:
-        """Free the context; its workers are closed before."""
+        """Free the context, whose workers are closed; TypeError for what uses it afterwards."""
         lib.fp_ctx_free(self._ctx)
-        self._ctx = ffi.NULL
+        self._ctx = None  # which cffi refuses, where NULL would end the process
 
 
 class Worker:
@@ -440,6 +440,6 @@ class Worker:
         lib.fp_worker_stop(self._worker)
 
     def close(self) -> None:
-        """Free the worker; the context keeps its counters."""
+        """Free the worker, as Context.close(); the context keeps its counters."""
         lib.fp_worker_free(self._worker)
-        self._worker = ffi.NULL
+        self._worker = None

@@ -272,6 +272,14 @@ def test_the_flow_hash_follows_ports_but_not_for_fragments() -> None:
         assert flow(made, first) == flow(made, last)
 
 
+def test_a_closed_context_refuses() -> None:
+    with context() as made:
+        pass
+    for use in (made.counters, made.peers, made.take_suspects, lambda: made.replace(PEER)):
+        with pytest.raises(TypeError):
+            use()
+
+
 def test_packets_of_a_kernel_vxlan_device() -> None:
     """Decision: a packet of ours equals the kernel's except MACs, source port, IP id, checksum."""
     seen = 0
