@@ -39,7 +39,10 @@ LOADS = {
     "UDP, super-packets": ("--size", "333", "--flows", "2", "--segment"),
 }
 # Reasons that a sound peer can cause: a full queue or socket.
-BENIGN_DROPS = {"drop:tun_write", "drop:send_buffer", "drop:encap_multicast"}
+BENIGN_DROPS = {
+    f"drop:{reason}"
+    for reason in ("receive_buffer", "tun_queue", "tun_write", "send_buffer", "encap_multicast")
+}
 
 
 class SoakError(Exception):

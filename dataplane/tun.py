@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pytun_pmd3 import TunTapDevice
 
 from pyflannel.dataplane.offload import NO_OFFLOAD, Offload
+from pyflannel.dataplane.proc_net import transmit_drops
 from pyflannel.dataplane.refusal import Refusal
 
 VNET_HEADER_BYTES = 12
@@ -145,6 +146,13 @@ class Tun:
     def fds(self) -> tuple[int, ...]:
         """All queues, as `adopt` takes them."""
         return tuple(device.fileno() for device in self._devices)
+
+    def drops(self) -> int:
+        """Return how many packets the kernel has dropped that were to be read, since it was made.
+
+        A queue had no room for them, or nobody held it.
+        """
+        return transmit_drops(self.name)
 
     def close(self) -> None:
         """Close the queues and leave the device, its addresses and routes; idempotent."""

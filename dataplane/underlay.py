@@ -7,29 +7,32 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import os
 import socket
 import struct
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 
 from pyflannel.dataplane.inheritance import Inheritance
 from pyflannel.dataplane.offload import NO_OFFLOAD, Offload
+from pyflannel.dataplane.proc_net import processes, udp_inodes, unix_inodes
 from pyflannel.dataplane.refusal import Refusal
 from pyflannel.dataplane.route import IPAddress
 
 _SEND_BUFFER_BYTES = 8 << 20
 _RECEIVE_SOCKETS = 32
-# Of each. With 4 MB the kernel takes up to 8 MB of memory for what is queued.
-_RECEIVE_BUFFER_BYTES = 4 << 20
+RECEIVE_BUFFER_BYTES = 4 << 20
+"""Of each receive socket. The kernel takes up to twice as much memory for what is queued."""
 _HOPS = 64
 
 # asm-generic/socket.h
 _SO_ATTACH_FILTER = 26
 _SO_SNDBUFFORCE = 32
 _SO_RCVBUFFORCE = 33
+_SO_MEMINFO = 55
+# linux/sock_diag.h
+_SK_MEMINFO = struct.Struct("9I")
+_SK_MEMINFO_DROPS = 8
 # linux/udp.h
 _UDP_SEGMENT = 103
 _UDP_GRO = 104
@@ -40,9 +43,6 @@ _PMTUDISC_DONT = 0
 _IPV6_AUTOFLOWLABEL = 70
 
 _BPF_RETURN_CONSTANT = 0x06
-
-# Not /proc/net, which is that of the process: a thread may be in another network namespace.
-_PROC_NET = Path("/proc/thread-self/net")
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,12 +93,12 @@ class Underlay:
     by this object.
     """
 
-    __slots__ = ("_closing", "_senders", "is_adopted", "lock_fd", "offload", "receive_fds")
+    __slots__ = ("_closing", "_receivers", "_senders", "is_adopted", "lock_fd", "offload")
 
     def __init__(
         self,
         lock_fd: int,
-        receive_fds: tuple[int, ...],
+        receivers: _Sockets,
         senders: _Sockets,
         offload: Offload,
         closing: ExitStack,
@@ -107,8 +107,8 @@ class Underlay:
     ) -> None:
         self.is_adopted = is_adopted
         self.lock_fd = lock_fd
-        self.receive_fds = receive_fds
         self.offload = offload
+        self._receivers = receivers
         self._senders = senders
         self._closing = closing
 
@@ -148,12 +148,34 @@ class Underlay:
             agreed |= _agree(offload, Offload.GRO, receivers.sockets, _UDP_GRO, 1)
             return cls(
                 lock.fileno(),
-                receivers.fds,
+                receivers,
                 senders,
                 agreed,
                 opened.pop_all(),
                 is_adopted=old.receivers is not None,
             )
+
+    @property
+    def receive_fds(self) -> tuple[int, ...]:
+        """The sockets to receive from."""
+        return self._receivers.fds
+
+    @property
+    def receive_buffer(self) -> int:
+        """How many bytes a receive socket was given, RECEIVE_BUFFER_BYTES at best."""
+        return min(map(_receive_buffer, self._receivers.sockets))
+
+    def drops(self) -> int:
+        """Return how often the kernel has dropped what came for us, since the sockets were made.
+
+        They had no room for it, or its outer checksum was wrong. What UDP_GRO has joined counts
+        once.
+        """
+        told = (
+            one.getsockopt(socket.SOL_SOCKET, _SO_MEMINFO, _SK_MEMINFO.size)
+            for one in self._receivers.sockets
+        )
+        return sum(_SK_MEMINFO.unpack(meminfo)[_SK_MEMINFO_DROPS] for meminfo in told)
 
     @property
     def send_fds(self) -> tuple[int, ...]:
@@ -229,7 +251,7 @@ def _instance_lock(port: int, version: int) -> socket.socket:
         if error.errno != errno.EADDRINUSE:
             raise
         raise Refusal(
-            f"another pyflannel-udp{_in_brackets(processes(_unix_inodes('@' + name)))} already "
+            f"another pyflannel-udp{_in_brackets(processes(unix_inodes('@' + name)))} already "
             f"serves UDP port {port} in this network namespace: stop it first"
         ) from None
     return lock
@@ -282,7 +304,7 @@ def _receive_socket(family: _Family) -> socket.socket:
     try:
         for option in family.receive:
             receive.setsockopt(*option)
-        _set_buffer(receive, _SO_RCVBUFFORCE, socket.SO_RCVBUF, _RECEIVE_BUFFER_BYTES)
+        _set_buffer(receive, _SO_RCVBUFFORCE, socket.SO_RCVBUF, RECEIVE_BUFFER_BYTES)
     except OSError:
         receive.close()
         raise
@@ -357,6 +379,18 @@ def _set_buffer(udp: socket.socket, forced: int, limited: int, size: int) -> Non
         udp.setsockopt(socket.SOL_SOCKET, limited, size)
 
 
+def _receive_buffer(udp: socket.socket) -> int:
+    # The kernel doubles what it is asked for, and tells that.
+    return udp.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) // 2
+
+
+def grantable_receive_buffer() -> int:
+    """Return how many bytes a receive socket of this process would be given."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
+        _set_buffer(udp, _SO_RCVBUFFORCE, socket.SO_RCVBUF, RECEIVE_BUFFER_BYTES)
+        return _receive_buffer(udp)
+
+
 def _drop_all_received(udp: socket.socket) -> None:
     """Attach the classic BPF program `ret #0` (linux/filter.h: sock_filter, sock_fprog)."""
     program = ctypes.create_string_buffer(struct.pack("HBBI", _BPF_RETURN_CONSTANT, 0, 0, 0), 8)
@@ -379,58 +413,6 @@ def _port_taken(family: _Family, port: int, vxlan_devices: Collection[str]) -> R
         f"UDP port {port} is taken by the kernel or by a process that cannot be seen from here: "
         f"look with `ss -uanp sport = :{port}` and `ip -d link show type vxlan` on the host"
     )
-
-
-def udp_inodes(port: int, tables: Sequence[str] = ("udp", "udp6")) -> set[str]:
-    """Return the inodes of the UDP sockets on the port that these tables list (proc(5))."""
-    inodes = set()
-    for table in tables:
-        for fields in _proc_net_rows(table):
-            if int(fields[1].rpartition(":")[2], 16) == port:
-                inodes.add(fields[9])
-    return inodes
-
-
-def _unix_inodes(name: str) -> set[str]:
-    return {fields[6] for fields in _proc_net_rows("unix") if fields[7:] == [name]}
-
-
-def _proc_net_rows(table: str) -> list[list[str]]:
-    try:
-        lines = (_PROC_NET / table).read_text(errors="replace").splitlines()
-    except OSError:
-        return []
-    return [line.split() for line in lines[1:]]
-
-
-def processes(inodes: Collection[str]) -> list[str]:
-    """Return name and pid of each visible process that has one of these sockets open."""
-    links = {f"socket:[{inode}]" for inode in inodes}
-    found = []
-    for process in sorted(Path("/proc").glob("[0-9]*"), key=lambda path: int(path.name)):
-        if _has_open(process, links):
-            try:
-                name = (process / "comm").read_text(errors="replace").strip()
-            except OSError:
-                continue
-            found.append(f"{name} (pid {process.name})")
-    return found
-
-
-def _has_open(process: Path, links: Collection[str]) -> bool:
-    try:
-        descriptors = list((process / "fd").iterdir())
-    except OSError:
-        # The process went away, or we may not look.
-        return False
-    return any(_link(descriptor) in links for descriptor in descriptors)
-
-
-def _link(descriptor: Path) -> str:
-    try:
-        return os.readlink(descriptor)
-    except OSError:
-        return ""
 
 
 def _in_brackets(processes: list[str]) -> str:

@@ -158,6 +158,7 @@ def _check_host(report: Report, config: NetworkConfig | None, daemon: int | None
     networks = [subnets.network for subnets in config.ranges] if config else [ANY_NETWORK]
     nftables = config is not None and config.enable_nftables
     report.add("port", host.check_port(port, daemon))
+    report.add("receive-buffer", host.check_receive_buffer())
     report.add(
         "firewall",
         [

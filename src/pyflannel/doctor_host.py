@@ -14,9 +14,11 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from pyflannel.dataplane.netlink import Link
+from pyflannel.dataplane.proc_net import processes, udp_inodes
 from pyflannel.dataplane.route import IPNetwork
-from pyflannel.dataplane.underlay import processes, udp_inodes
+from pyflannel.dataplane.underlay import grantable_receive_buffer
 from pyflannel.finding import Finding, failure, warning
+from pyflannel.overlay import small_buffer_warning
 from pyflannel.traffic import bridge_warning
 
 TUN = Path("/dev/net/tun")
@@ -62,6 +64,13 @@ def check_capabilities() -> Iterator[Finding]:
                 f"this process lacks {name}",
                 f"run as root, or give the container --cap-add {name.removeprefix('CAP_')}",
             )
+
+
+def check_receive_buffer() -> Iterator[Finding]:
+    """A receive socket must hold a burst."""
+    if sentence := small_buffer_warning(grantable_receive_buffer()):
+        said, _, remedy = sentence.rpartition("; ")
+        yield warning(said, remedy)
 
 
 def check_port(port: int, daemon: int | None) -> Iterator[Finding]:

@@ -83,7 +83,7 @@ def read(node: Node) -> Snapshot:
                 overlay.device,
                 overlay.underlying.mtu,
                 overlay.offload,
-                overlay.context.counters(),
+                overlay.counters(),
                 overlay.context.peers() if per_peer else iter(()),
             )
             for overlay in node.overlays

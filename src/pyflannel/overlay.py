@@ -14,7 +14,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from pyflannel.control.network_config import NetworkConfig
-from pyflannel.dataplane.fastpath import AntiSpoofing, Context, FastpathConfig, Schedule, WorkerIo
+from pyflannel.dataplane.fastpath import (
+    AntiSpoofing,
+    Context,
+    Counters,
+    FastpathConfig,
+    Schedule,
+    WorkerIo,
+)
 from pyflannel.dataplane.forwarder import Forwarder, Workers
 from pyflannel.dataplane.host_change import InUse
 from pyflannel.dataplane.inheritance import Inheritance
@@ -31,7 +38,7 @@ from pyflannel.dataplane.route import (
     RouteChange,
 )
 from pyflannel.dataplane.tun import Tun
-from pyflannel.dataplane.underlay import Underlay
+from pyflannel.dataplane.underlay import RECEIVE_BUFFER_BYTES, Underlay
 from pyflannel.notify import keep_descriptors
 from pyflannel.options import Options
 from pyflannel.route_writer import RouteWriter
@@ -45,7 +52,21 @@ from pyflannel.underlying import (
 
 log = logging.getLogger(__name__)
 
+KERNEL_DROPS = ("receive_buffer", "tun_queue")
+"""Drop reasons beside the fast path's: what the kernel dropped that we were to receive, or read."""
+
 _FORWARDING = {4: "net.ipv4.ip_forward", 6: "net.ipv6.conf.all.forwarding"}
+
+
+def small_buffer_warning(granted: int) -> str | None:
+    """Return the sentence about receive buffers, in bytes, that hold less than they should."""
+    if granted >= RECEIVE_BUFFER_BYTES:
+        return None
+    return (
+        f"receive buffers hold {granted >> 10} KB instead of {RECEIVE_BUFFER_BYTES >> 10}, as in a "
+        "user namespace net.core.rmem_max bounds them, so bursts from other nodes are lost; raise "
+        f"it on the host: sysctl -w net.core.rmem_max={RECEIVE_BUFFER_BYTES}"
+    )
 
 
 class Overlay:
@@ -184,6 +205,12 @@ class Overlay:
         """Which work the kernel takes off us."""
         return self._tun.offload | self._underlay.offload
 
+    def counters(self) -> Counters:
+        """Return the fast path's, and among the drops what the kernel dropped before it."""
+        counters = self.context.counters()
+        kernel = dict(zip(KERNEL_DROPS, (self._underlay.drops(), self._tun.drops())))
+        return replace(counters, drops=counters.drops | kernel)
+
     @property
     def threads(self) -> int:
         """How many packet threads are at work."""
@@ -289,6 +316,8 @@ class Overlay:
                 self.version,
                 setting,
             )
+        if warning := small_buffer_warning(self._underlay.receive_buffer):
+            log.warning("%s", warning)
         self._start()
         log.info(
             "Forwarding on %s with workers %s and offloads %s",

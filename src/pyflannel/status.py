@@ -114,7 +114,7 @@ def _etcd(node: Node) -> Json | None:
 
 def _device(node: Node, overlay: Overlay) -> Json:
     underlying = overlay.underlying
-    counters = overlay.context.counters()
+    counters = overlay.counters()
     return {
         "name": overlay.device,
         "mtu": underlying.mtu,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -31,12 +32,14 @@ from pyflannel.dataplane.fastpath import (
 from pyflannel.dataplane.offload import Offload
 from pyflannel.dataplane.route import MacAddress, Route, Vni
 from pyflannel.metrics import Device, Snapshot, render
-from tests.lab.hosts import Host, Lab, container_address, lab, ping, wait_until
+from pyflannel.overlay import KERNEL_DROPS
+from tests.lab.hosts import Host, Lab, container_address, freeze, lab, ping, wait_until
 from tests.lab.require import require_program, require_root
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 DOC = Path(__file__).parents[2] / "docs" / "metrics.md"
 PORT = 9464
+ROOM, SENT = 100, 500
 EMPTY = Snapshot(
     now=1000.0,
     monotonic=100.0,
@@ -169,7 +172,8 @@ def nodes() -> Iterator[Lab]:
     with lab(2) as made:
         made.put_config()
         for host, per_peer in zip(made.hosts, ("true", "false")):
-            made.start_daemon(host, "--healthz-port", str(PORT), f"--metrics-per-peer={per_peer}")
+            flags = (f"--metrics-per-peer={per_peer}", f"--tun-queue-length={ROOM}")
+            made.start_daemon(host, "--healthz-port", str(PORT), *flags)
             made.add_container(host)
         container = made.hosts[0].container
         assert container is not None
@@ -201,6 +205,30 @@ def test_a_node_without_series_of_peers(nodes: Lab, page: Samples) -> None:
     assert _value(samples, "pyflannel_peers") == 1
 
 
+def test_what_the_kernel_dropped_before_us_is_told(nodes: Lab) -> None:
+    host = nodes.hosts[1]
+    # From one port, so that all go to one of the device's queues.
+    flood = (
+        "import socket; udp = socket.socket(2, 2);"
+        f"[udp.sendto(b'x', ('{container_address(nodes.hosts[0])}', 9)) for _ in range({SENT})]"
+    )
+    (daemon,) = host.processes
+    freeze(daemon)
+    try:
+        host.exec("python3", "-c", flood)
+    finally:
+        daemon.send_signal(signal.SIGCONT)
+    samples = _parse(_get(nodes, host))
+    drops = {reason: _drops(samples, reason) for reason in KERNEL_DROPS}
+    assert drops == {"receive_buffer": 0, "tun_queue": SENT - ROOM}
+    (device,) = host.ask("status")["devices"]
+    assert device["drops"] == {"tun_queue": SENT - ROOM}
+
+
+def _drops(samples: Samples, reason: str) -> float:
+    return _value(samples, "pyflannel_drops_total", device="flannel.1", reason=reason)
+
+
 def test_the_documentation_tells_every_series_and_reason(page: Samples) -> None:
     text = DOC.read_text()
     series, reasons = text.split("## Drop reasons")
@@ -211,7 +239,10 @@ def test_the_documentation_tells_every_series_and_reason(page: Samples) -> None:
         (row,) = (x for names, x in cells if f"`{name.removeprefix('pyflannel_')}`" in names)
         assert all(f"`{label}`" in row for label, _ in labels), name
     rows = re.findall(r"^\| (`[^|]*`) \|", reasons, re.MULTILINE)
-    assert {x for row in rows for x in re.findall(r"`(\w+)`", row)} == set(DROP_REASONS)
+    assert {x for row in rows for x in re.findall(r"`(\w+)`", row)} == {
+        *DROP_REASONS,
+        *KERNEL_DROPS,
+    }
 
 
 def _used(expression: str) -> Iterator[tuple[str, set[str]]]:
@@ -265,7 +296,7 @@ def test_reasons_in_the_alert_rules_exist() -> None:
     named = re.findall(r'reason(?:=~|!=|=)"([^"]*)"', rules)
     assert named
     for reason in "|".join(named).split("|"):
-        assert reason in DROP_REASONS
+        assert reason in {*DROP_REASONS, *KERNEL_DROPS}
 
 
 def test_the_dashboard_speaks_of_what_is_exposed(page: Samples) -> None:

@@ -7,13 +7,14 @@ import socket
 import pytest
 
 from pyflannel.dataplane.refusal import Refusal
-from pyflannel.dataplane.underlay import Underlay
-from tests.dataplane.test_underlay import readable
+from pyflannel.dataplane.underlay import RECEIVE_BUFFER_BYTES, Underlay
+from tests.dataplane.test_underlay import held, readable
 from tests.dataplane.test_underlay_ipv6 import LOOPBACK, port
 
 __all__ = ["port"]
 
 PEERS = 200
+SENT = 50
 SO_COOKIE = 57
 
 
@@ -35,6 +36,32 @@ def test_source_ports_are_spread_and_stay(port: int, version: int) -> None:
                 assert len(arrivals) == 1
                 used |= arrivals
         assert len(used) > 0.8 * len(underlay.receive_fds)
+    finally:
+        underlay.close()
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_what_finds_no_room_is_counted(port: int, version: int) -> None:
+    underlay = Underlay.open("lo", LOOPBACK[version], port, 1)
+    try:
+        assert (underlay.receive_buffer, underlay.drops()) == (RECEIVE_BUFFER_BYTES, 0)
+        for fd in underlay.receive_fds:
+            with held(fd) as receive:
+                receive.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 0)
+        assert underlay.receive_buffer < RECEIVE_BUFFER_BYTES
+        family = socket.AF_INET if version == 4 else socket.AF_INET6
+        with socket.socket(family, socket.SOCK_DGRAM) as peer:
+            peer.connect((str(LOOPBACK[version]), port))
+            for _ in range(SENT):
+                peer.send(bytes(1000))
+        with readable(underlay) as receive:
+            queued = 0
+            while queued + underlay.drops() < SENT:
+                receive.recv(2000)
+                queued += 1
+            with pytest.raises(BlockingIOError):
+                receive.recv(2000)
+        assert 0 < queued < SENT
     finally:
         underlay.close()
 

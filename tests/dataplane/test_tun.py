@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
 
 import pytest
@@ -14,6 +15,7 @@ from tests.lab.inside import inside, lone_namespace
 from tests.lab.require import require_program, require_root
 
 DEVICE = "flannel.1"
+ROOM, SENT = 10, 50
 
 
 @pytest.fixture
@@ -65,6 +67,29 @@ def test_packets_leave_without_blocking_and_behind_a_virtio_header(host: Namespa
     packet = os.read(fd, 2000)[VNET_HEADER_BYTES:]
     assert (packet[0], packet[16:20]) == (0x45, bytes([10, 244, 6, 2]))
     tun.delete()
+
+
+def test_what_finds_no_room_in_a_queue_is_counted(host: Namespace) -> None:
+    def send() -> None:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
+            for _ in range(SENT):
+                udp.sendto(b"x", ("10.244.6.2", 9))
+
+    tun = inside(host, lambda: Tun.open(DEVICE))
+    host.exec("sysctl", "-qw", "net.ipv6.conf.flannel/1.disable_ipv6=1")
+    host.ip("link", "set", DEVICE, "txqueuelen", str(ROOM), "up")
+    host.ip("addr", "add", "10.244.5.0/32", "dev", DEVICE)
+    host.ip("route", "add", "10.244.6.0/24", "via", "10.244.6.0", "dev", DEVICE, "onlink")
+    assert inside(host, tun.drops) == 0
+    inside(host, send)
+    (fd,) = tun.read_fds
+    for _ in range(ROOM):
+        os.read(fd, 2000)
+    with pytest.raises(BlockingIOError):
+        os.read(fd, 2000)
+    assert inside(host, tun.drops) == SENT - ROOM
+    tun.delete()
+    assert inside(host, tun.drops) == 0
 
 
 @pytest.mark.parametrize("name", ["", "flannel.10000000"])

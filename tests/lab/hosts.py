@@ -246,9 +246,12 @@ class Lab:
         self._address(self.switch, "br0", SWITCH_ADDRESS, SWITCH_ADDRESS_V6)
         self.switch.ip("link", "set", "br0", "up")
 
-    def _add(self, namespace: Namespace) -> None:
+    def _add(self, namespace: Namespace, owner: int | None = None) -> None:
         self._stack.callback(namespace.close)
-        run("ip", "netns", "add", namespace.name)
+        if owner is None:
+            run("ip", "netns", "add", namespace.name)
+        else:
+            run("ip", "netns", "attach", namespace.name, str(owner))
         namespace.ip("link", "set", "lo", "up")
         # Another netns must not keep the default of its parent.
         settings = ["net.ipv4.ip_forward=1"]
@@ -269,8 +272,8 @@ class Lab:
         """Stop and remove everything."""
         self._stack.close()
 
-    def add_host(self) -> Host:
-        """Add a host with eth0 on the switch."""
+    def add_host(self, owner: int | None = None) -> Host:
+        """Add a host with eth0 on the switch, in the network namespace of a process if told so."""
         number = len(self.hosts) + 1
         folder = self.folder / f"h{number}"
         folder.mkdir()
@@ -280,7 +283,7 @@ class Lab:
             address_v6=UNDERLAY_V6[0x10 + number],
             folder=folder,
         )
-        self._add(host)
+        self._add(host, owner)
         port = f"h{number}"
         self._connect(host, "eth0", self.switch, port)
         self._address(host, "eth0", host.address, host.address_v6)

@@ -1,0 +1,70 @@
+"""What the kernel tells in /proc/net: who holds a socket, what a device dropped."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+# Not /proc/net, which is that of the process: a thread may be in another network namespace.
+_PROC_NET = Path("/proc/thread-self/net")
+_TRANSMIT_DROPS = 12  # field of a row of `dev`
+
+
+def udp_inodes(port: int, tables: Sequence[str] = ("udp", "udp6")) -> set[str]:
+    """Return the inodes of the UDP sockets on the port that these tables list (proc(5))."""
+    inodes = set()
+    for table in tables:
+        for fields in _rows(table):
+            if int(fields[1].rpartition(":")[2], 16) == port:
+                inodes.add(fields[9])
+    return inodes
+
+
+def unix_inodes(name: str) -> set[str]:
+    """Return the inodes of the unix sockets of this name, @ before one that is abstract."""
+    return {fields[6] for fields in _rows("unix") if fields[7:] == [name]}
+
+
+def _rows(table: str) -> list[list[str]]:
+    try:
+        lines = (_PROC_NET / table).read_text(errors="replace").splitlines()
+    except OSError:
+        return []
+    return [line.split() for line in lines[1:]]
+
+
+def processes(inodes: Collection[str]) -> list[str]:
+    """Return name and pid of each visible process that has one of these sockets open."""
+    links = {f"socket:[{inode}]" for inode in inodes}
+    found = []
+    for process in sorted(Path("/proc").glob("[0-9]*"), key=lambda path: int(path.name)):
+        if _has_open(process, links):
+            try:
+                name = (process / "comm").read_text(errors="replace").strip()
+            except OSError:
+                continue
+            found.append(f"{name} (pid {process.name})")
+    return found
+
+
+def _has_open(process: Path, links: Collection[str]) -> bool:
+    try:
+        descriptors = list((process / "fd").iterdir())
+    except OSError:
+        # The process went away, or we may not look.
+        return False
+    return any(_link(descriptor) in links for descriptor in descriptors)
+
+
+def _link(descriptor: Path) -> str:
+    try:
+        return os.readlink(descriptor)
+    except OSError:
+        return ""
+
+
+def transmit_drops(device: str) -> int:
+    """Return how many packets a device has dropped that it was to send; 0 where there is none."""
+    rows = (row for row in _rows("dev") if row[0] == f"{device}:")
+    return next((int(row[_TRANSMIT_DROPS]) for row in rows), 0)
