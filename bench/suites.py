@@ -77,6 +77,7 @@ SUITES = (
             "null-uring-sqpoll",
             "null-packet",
             "null-packet-ring",
+            "null-tunnel",
             "null-xdp",
             *(f"null-queue-{size}:null=--queue={size}" for size in (500, 64)),
         ),

@@ -193,7 +193,7 @@ int main(int argc, char **argv)
 		add_route(&b, htonl(0x0b000000u + ((uint32_t)i << 8)), htonl(0xffffff00u), peer);
 	add_route(&b, parse_address(other, PORT).sin_addr.s_addr, htonl(0xffffffffu), peer);
 	b.own = parse_address(own, PORT).sin_addr.s_addr;
-	b.tun = open_tun("bench0", 0, 0);
+	b.tun = open_tun("bench0", IFF_TUN, 0);
 	b.wire = open_udp(local, PORT, false);
 	for (;;) {
 		struct pollfd ready[2] = { { b.tun, POLLIN, 0 }, { b.wire, POLLIN, 0 } };

@@ -238,6 +238,7 @@ VARIANTS = {
         Variant("null-uring-sqpoll", "null", ("--io=uring-sqpoll", "--threads=1")),
         Variant("null-packet", "null", ("--io=packet", "--design=gaps")),
         Variant("null-packet-ring", "null", ("--io=packet-ring", "--design=gaps")),
+        Variant("null-tunnel", "null", ("--io=tunnel",)),
         Variant("null-xdp", "null", ("--io=xdp", "--design=gaps")),
         Variant("naive", "naive"),
         Variant("udp-backend", "udp-backend"),

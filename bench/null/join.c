@@ -82,7 +82,7 @@ static void join(struct decap *d, uint8_t *datagram, size_t length)
 	memcpy(&tag, datagram, sizeof(tag));
 	length -= TAG_BYTES;
 	if (group->count && tag.gso_size && tag.super == group->first.super &&
-	    tag.index == group->next && group->count < GROUP) {
+	    (tag.index == group->next || tag.index == ANY_PLACE) && group->count < GROUP) {
 		struct tcphdr *tcp = (struct tcphdr *)(packet + tag.csum_start);
 		struct tcphdr *first = (struct tcphdr *)(group->packet + tag.csum_start);
 

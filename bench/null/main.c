@@ -16,13 +16,14 @@ static const struct {
 	{ "uring-sqpoll", run_uring_sqpoll },
 	{ "packet", run_packet },
 	{ "packet-ring", run_packet_ring },
+	{ "tunnel", run_tunnel },
 	{ "xdp", run_xdp },
 };
 
 static int usage(void)
 {
 	fputs("null_forwarder: --local=ADDRESS --peer=ADDRESS --design=gather|flat|gaps "
-	      "--io=calls|unconnected|zerocopy|uring|uring-sqpoll|packet|packet-ring|xdp "
+	      "--io=calls|unconnected|zerocopy|uring|uring-sqpoll|packet|packet-ring|tunnel|xdp "
 	      "--threads=1|2 "
 	      "--queue=PACKETS\n",
 	      stderr);
@@ -71,7 +72,8 @@ int main(int argc, char **argv)
 		options.design++;
 	if (options.design > GAPS || options.threads < 1 || options.threads > 2)
 		return usage();
-	options.tun = open_tun("bench0", IFF_VNET_HDR, TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO_ECN);
+	options.tun =
+		open_tun("bench0", IFF_TUN | IFF_VNET_HDR, TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO_ECN);
 	set_queue("bench0", queue);
 	for (size_t i = 0; i < sizeof(designs_of_io) / sizeof(designs_of_io[0]); i++)
 		if (!strcmp(io, designs_of_io[i].name))

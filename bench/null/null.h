@@ -24,6 +24,7 @@
 // uring-sqpoll	the same without system calls while a thread of the kernel watches the ring
 // packet	out by a packet socket on the underlay, which takes GSO frames (packet.c)
 // packet-ring	the same from a ring shared with the kernel: the TUN is read into it (packet.c)
+// tunnel	out by a TAP that takes super-packets with their outer headers (tunnel.c)
 // xdp		both ways by an AF_XDP socket, frame by frame without checksums (xdp.c)
 //
 // Common to them:
@@ -55,6 +56,7 @@ enum {
 	READS = 64, // packets in one turn of encapsulation
 	READ_BYTES = 256 << 10,
 	ARENA = READ_BYTES / 256 + READS, // segments in one turn
+	ANY_PLACE = UINT16_MAX, // index of a tag that all segments of a super-packet have
 	GROUP = MAX_SEGMENTS * 2, // iovecs of one super-packet that is written
 };
 
@@ -161,6 +163,7 @@ void run_uring(const struct options *options);
 void run_uring_sqpoll(const struct options *options);
 void run_packet(const struct options *options);
 void run_packet_ring(const struct options *options);
+void run_tunnel(const struct options *options);
 void run_xdp(const struct options *options);
 
 #endif
