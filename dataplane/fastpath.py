@@ -379,7 +379,7 @@ class Context:
         return Worker(worker)
 
     def close(self) -> None:
-        """Free the context, whose workers are closed; TypeError for what uses it afterwards."""
+        """Free the context, whose workers are closed; TypeError for any use of it afterwards."""
         lib.fp_ctx_free(self._ctx)
         self._ctx = None  # which cffi refuses, where NULL would end the process
 

@@ -29,7 +29,7 @@ def unix_inodes(name: str) -> set[str]:
 def _rows(table: str) -> list[list[str]]:
     try:
         lines = (_PROC_NET / table).read_text(errors="replace").splitlines()
-    except OSError:
+    except FileNotFoundError:  # as `udp6` where there is no IPv6
         return []
     return [line.split() for line in lines[1:]]
 

@@ -148,9 +148,9 @@ class Tun:
         return tuple(device.fileno() for device in self._devices)
 
     def drops(self) -> int:
-        """Return how many packets the kernel has dropped that were to be read, since it was made.
+        """Return how many packets to be read the kernel has dropped, since the device was made.
 
-        A queue had no room for them, or nobody held it.
+        A queue had no room for them, or nobody held it. A super-packet counts once.
         """
         return transmit_drops(self.name)
 

@@ -141,6 +141,8 @@ class Underlay:
             receivers = opened.enter_context(
                 old.receivers or _receive_sockets(family, port, vxlan_devices)
             )
+            for one in receivers.sockets:
+                _widen(one)
             senders = opened.enter_context(
                 old.senders or _send_sockets(interface_name, address, send_sockets)
             )
@@ -169,7 +171,7 @@ class Underlay:
         """Return how often the kernel has dropped what came for us, since the sockets were made.
 
         They had no room for it, or its outer checksum was wrong. What UDP_GRO has joined counts
-        once.
+        once. Inherited sockets bring what they had counted.
         """
         told = (
             one.getsockopt(socket.SOL_SOCKET, _SO_MEMINFO, _SK_MEMINFO.size)
@@ -304,7 +306,6 @@ def _receive_socket(family: _Family) -> socket.socket:
     try:
         for option in family.receive:
             receive.setsockopt(*option)
-        _set_buffer(receive, _SO_RCVBUFFORCE, socket.SO_RCVBUF, RECEIVE_BUFFER_BYTES)
     except OSError:
         receive.close()
         raise
@@ -384,10 +385,16 @@ def _receive_buffer(udp: socket.socket) -> int:
     return udp.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) // 2
 
 
+def _widen(receive: socket.socket) -> None:
+    """Give a receive socket its buffer, also one that was opened when less was granted."""
+    if _receive_buffer(receive) < RECEIVE_BUFFER_BYTES:
+        _set_buffer(receive, _SO_RCVBUFFORCE, socket.SO_RCVBUF, RECEIVE_BUFFER_BYTES)
+
+
 def grantable_receive_buffer() -> int:
     """Return how many bytes a receive socket of this process would be given."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
-        _set_buffer(udp, _SO_RCVBUFFORCE, socket.SO_RCVBUF, RECEIVE_BUFFER_BYTES)
+        _widen(udp)
         return _receive_buffer(udp)
 
 

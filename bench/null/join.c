@@ -65,6 +65,29 @@ void flush(struct decap *d)
 }
 
 /**
+ * continues() - Tell whether a datagram is the next segment of the group
+ * @group:	the group
+ * @tag:	of the datagram
+ * @packet:	its IP packet
+ *
+ * Return: whether it is
+ */
+static bool continues(const struct group *group, const struct tag *tag, const uint8_t *packet)
+{
+	const struct tcphdr *first, *tcp;
+
+	if (!group->count || group->count == GROUP || !tag->gso_size ||
+	    tag->super != group->first.super)
+		return false;
+	if (tag->index != ANY_PLACE)
+		return tag->index == group->next;
+	first = (const struct tcphdr *)(group->packet + tag->csum_start);
+	tcp = (const struct tcphdr *)(packet + tag->csum_start);
+	return ntohl(tcp->seq) - ntohl(first->seq) ==
+	       group->bytes - tag->csum_start - 4u * first->doff;
+}
+
+/**
  * join() - Take a datagram into the group it continues, or begin a new one
  * @d:		decapsulation
  * @datagram:	its bytes
@@ -81,8 +104,7 @@ static void join(struct decap *d, uint8_t *datagram, size_t length)
 		return;
 	memcpy(&tag, datagram, sizeof(tag));
 	length -= TAG_BYTES;
-	if (group->count && tag.gso_size && tag.super == group->first.super &&
-	    (tag.index == group->next || tag.index == ANY_PLACE) && group->count < GROUP) {
+	if (continues(group, &tag, packet)) {
 		struct tcphdr *tcp = (struct tcphdr *)(packet + tag.csum_start);
 		struct tcphdr *first = (struct tcphdr *)(group->packet + tag.csum_start);
 

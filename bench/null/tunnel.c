@@ -16,6 +16,10 @@
 #define VIRTIO_NET_HDR_F_UDP_TUNNEL_CSUM 8
 #endif
 
+#ifndef TUN_F_UDP_TUNNEL_GSO
+#define TUN_F_UDP_TUNNEL_GSO 0x80
+#endif
+
 #define TAP "bench1"
 
 struct tunnel_vnet { // struct virtio_net_hdr_v1_hash_tunnel of newer headers
@@ -121,7 +125,10 @@ static void set_sysctl(const char *name, const char *value)
  */
 static int open_tap(uint8_t *mac)
 {
-	int fd = open_tun(TAP, IFF_TAP | IFF_VNET_HDR, 0), bytes = sizeof(struct tunnel_vnet);
+	unsigned int offloads =
+		TUN_F_CSUM | TUN_F_TSO4 | TUN_F_UDP_TUNNEL_GSO; // older kernels refuse
+	int fd = open_tun(TAP, IFF_TAP | IFF_VNET_HDR, offloads);
+	int bytes = sizeof(struct tunnel_vnet);
 	struct ifreq link = { 0 };
 
 	if (ioctl(fd, TUNSETVNETHDRSZ, &bytes))

@@ -52,7 +52,7 @@ from pyflannel.underlying import (
 
 log = logging.getLogger(__name__)
 
-KERNEL_DROPS = ("receive_buffer", "tun_queue")
+KERNEL_DROPS = (RECEIVE_BUFFER, TUN_QUEUE) = ("receive_buffer", "tun_queue")
 """Drop reasons beside the fast path's: what the kernel dropped that we were to receive, or read."""
 
 _FORWARDING = {4: "net.ipv4.ip_forward", 6: "net.ipv6.conf.all.forwarding"}
@@ -65,7 +65,7 @@ def small_buffer_warning(granted: int) -> str | None:
     return (
         f"receive buffers hold {granted >> 10} KB instead of {RECEIVE_BUFFER_BYTES >> 10}, as in a "
         "user namespace net.core.rmem_max bounds them, so bursts from other nodes are lost; raise "
-        f"it on the host: sysctl -w net.core.rmem_max={RECEIVE_BUFFER_BYTES}"
+        f"it on the host and restart: sysctl -w net.core.rmem_max={RECEIVE_BUFFER_BYTES}"
     )
 
 
@@ -206,9 +206,13 @@ class Overlay:
         return self._tun.offload | self._underlay.offload
 
     def counters(self) -> Counters:
-        """Return the fast path's, and among the drops what the kernel dropped before it."""
+        """Return the fast path's, and among the drops what the kernel dropped before it.
+
+        That is counted from when the receive sockets and the device were made, maybe by the process
+        before us, and anew after `reopen`.
+        """
         counters = self.context.counters()
-        kernel = dict(zip(KERNEL_DROPS, (self._underlay.drops(), self._tun.drops())))
+        kernel = {RECEIVE_BUFFER: self._underlay.drops(), TUN_QUEUE: self._tun.drops()}
         return replace(counters, drops=counters.drops | kernel)
 
     @property
@@ -317,7 +321,7 @@ class Overlay:
                 setting,
             )
         if warning := small_buffer_warning(self._underlay.receive_buffer):
-            log.warning("%s", warning)
+            log.warning("%s: %s", self.device, warning)
         self._start()
         log.info(
             "Forwarding on %s with workers %s and offloads %s",
@@ -357,7 +361,7 @@ class Overlay:
     def reopen(self) -> None:
         """Make the device anew that somebody deleted; it needs `configure` and its routes then.
 
-        Its FIB and counters stay. Refusal when the name is somebody else's now.
+        The FIB and the fast path's counters stay. Refusal when the name is somebody else's now.
         """
         assert self._forwarder is not None
         self._forwarder.close()

@@ -52,7 +52,16 @@ def small_rmem_max() -> Iterator[None]:
 def wrapper() -> Iterator[tuple[str, ...]]:
     """Return what runs a command in the user namespace."""
     require_root()
-    for program in ("etcd", "etcdctl", "ip", "iptables-save", "nsenter", "ping", "unshare"):
+    for program in (
+        "etcd",
+        "etcdctl",
+        "ip",
+        "iptables-save",
+        "nsenter",
+        "ping",
+        "setpriv",
+        "unshare",
+    ):
         require_program(program)
     with user_namespace() as owner:
         yield ("nsenter", "--target", str(owner), "--user", "--preserve-credentials")
@@ -87,6 +96,8 @@ def test_what_is_less_there_is_told(made: Lab, wrapper: tuple[str, ...]) -> None
     assert sentence not in here.log.read_text()
     there.wait_for_log("packet threads run at normal priority")
     assert _receive_buffer(here) == []
+    # Whom it lacks the right for is told that.
+    assert _receive_buffer(here, "setpriv", "--bounding-set=-net_admin") == []
     (finding,) = _receive_buffer(there, *wrapper)
     assert finding["sentence"].startswith(sentence)
     assert finding["remedy"].endswith("sysctl -w net.core.rmem_max=4194304")

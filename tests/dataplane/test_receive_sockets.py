@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import socket
 
 import pytest
 
+from pyflannel.dataplane.inheritance import Inheritance
 from pyflannel.dataplane.refusal import Refusal
 from pyflannel.dataplane.underlay import RECEIVE_BUFFER_BYTES, Underlay
 from tests.dataplane.test_underlay import held, readable
@@ -62,6 +64,20 @@ def test_what_finds_no_room_is_counted(port: int, version: int) -> None:
             with pytest.raises(BlockingIOError):
                 receive.recv(2000)
         assert 0 < queued < SENT
+    finally:
+        underlay.close()
+
+
+def test_inherited_sockets_get_their_whole_buffer(port: int) -> None:
+    before = Underlay.open("lo", LOOPBACK[4], port, 1)
+    for fd in before.receive_fds:
+        with held(fd) as receive:
+            receive.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 0)
+    fds = [os.dup(fd) for fd in (before.lock_fd, *before.receive_fds)]
+    before.close()
+    underlay = Underlay.open("lo", LOOPBACK[4], port, 1, inherited=Inheritance(fds))
+    try:
+        assert (underlay.is_adopted, underlay.receive_buffer) == (True, RECEIVE_BUFFER_BYTES)
     finally:
         underlay.close()
 
