@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -25,6 +26,13 @@ def _make(*words: str) -> str:
 def test_everything_repeatable_holds() -> None:
     require_program("gcc")
     assert "all holds" in _make("check")
+
+
+@pytest.mark.skipif(os.uname().machine == "aarch64", reason="the test before has run there")
+def test_everything_repeatable_holds_on_aarch64() -> None:
+    for program in ("aarch64-linux-gnu-gcc", "qemu-aarch64"):
+        require_program(program)
+    assert "all holds" in _make("check-aarch64")
 
 
 def test_the_corpus_and_a_few_seconds_of_fuzzing_hold() -> None:
