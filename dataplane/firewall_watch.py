@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import errno
 import socket
 import struct
 from collections.abc import Callable, Iterable, Mapping
@@ -87,14 +88,18 @@ def _attributes(message: bytes) -> dict[int, str]:
 
 
 def watch_events(interest: Interest, on_change: Callable[[], None], stack: ExitStack) -> None:
-    """Call `on_change` on the event loop after changes of interest, until the stack is left."""
-    netlink = stack.enter_context(
-        socket.socket(
-            socket.AF_NETLINK,
-            socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC,
-            _NETLINK_NETFILTER,
-        )
-    )
+    """Call `on_change` on the event loop after changes of interest, until the stack is left.
+
+    A kernel without nfnetlink has no nftables, so nothing changes there.
+    """
+    kind = socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
+    try:
+        netlink = socket.socket(socket.AF_NETLINK, kind, _NETLINK_NETFILTER)
+    except OSError as error:
+        if error.errno != errno.EPROTONOSUPPORT:
+            raise
+        return
+    stack.enter_context(netlink)
     # An overrun would be a socket error, after which uvloop never reads the socket again.
     netlink.setsockopt(_SOL_NETLINK, _NETLINK_NO_ENOBUFS, 1)
     # Without a port number the kernel takes us for itself and tells us nothing.

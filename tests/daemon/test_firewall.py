@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.lab import without_nfnetlink
 from tests.lab.hosts import SWITCH_ADDRESS, UNDERLAY, Host, Lab, lab, ping, wait_until
 from tests.lab.require import require_program, require_root
 
@@ -57,7 +58,7 @@ def host(made: Lab) -> Iterator[Host]:
     host.subnet_file.unlink(missing_ok=True)
 
 
-def _start(made: Lab, host: Host, kind: str, *flags: str) -> int:
+def _start(made: Lab, host: Host, kind: str, *flags: str, wrapper: tuple[str, ...] = ()) -> int:
     """Start the daemon where `iptables` is of one kind; the periodic check is out of the way."""
     made.put_config(CONFIG % ("true" if kind == "nftables" else "false"))
     tools = made.folder / kind
@@ -69,8 +70,8 @@ def _start(made: Lab, host: Host, kind: str, *flags: str) -> int:
                 target = shutil.which(f"{name}-{flavour}{suffix}")
                 assert target is not None
                 (tools / f"{name}{suffix}").symlink_to(target)
-    wrapper = ("sh", "-c", f'PATH={tools}:$PATH; exec "$@"', "sh")
-    return made.start_daemon(host, "--iptables-resync", "600", *flags, wrapper=wrapper)
+    path = ("sh", "-c", f'PATH={tools}:$PATH; exec "$@"', "sh")
+    return made.start_daemon(host, "--iptables-resync", "600", *flags, wrapper=(*wrapper, *path))
 
 
 def _rules(host: Host, kind: str) -> str:
@@ -238,6 +239,17 @@ async def main():
 
 asyncio.run(main())
 """
+
+
+def test_a_kernel_without_nfnetlink(made: Lab, host: Host, kind: str) -> None:
+    host.log.write_text("")
+    _start(made, host, kind, wrapper=(sys.executable, without_nfnetlink.__file__))
+    assert host.ask("status")["reasons"] == {}
+    if kind == "legacy":
+        assert "FLANNEL-FWD" in _rules(host, kind)
+    else:
+        assert host.log.read_text().count("forward rules are missing: ") == 1
+        assert "FLANNEL" not in _rules(host, kind)
 
 
 def test_ipv6_rules_are_flannels(made: Lab, host: Host) -> None:
