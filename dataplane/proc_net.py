@@ -8,7 +8,9 @@ from pathlib import Path
 
 # Not /proc/net, which is that of the process: a thread may be in another network namespace.
 _PROC_NET = Path("/proc/thread-self/net")
-_TRANSMIT_DROPS = 12  # field of a row of `dev`
+# Fields of a row of `udp` and `udp6`, and of `dev`.
+_LOCAL, _INODE, _RECEIVE_DROPS = 1, 9, 12
+_TRANSMIT_DROPS = 12
 
 
 def udp_inodes(port: int, tables: Sequence[str] = ("udp", "udp6")) -> set[str]:
@@ -16,8 +18,8 @@ def udp_inodes(port: int, tables: Sequence[str] = ("udp", "udp6")) -> set[str]:
     inodes = set()
     for table in tables:
         for fields in _rows(table):
-            if int(fields[1].rpartition(":")[2], 16) == port:
-                inodes.add(fields[9])
+            if int(fields[_LOCAL].rpartition(":")[2], 16) == port:
+                inodes.add(fields[_INODE])
     return inodes
 
 
@@ -62,6 +64,12 @@ def _link(descriptor: Path) -> str:
         return os.readlink(descriptor)
     except OSError:
         return ""
+
+
+def receive_drops(inodes: Collection[str]) -> int:
+    """Return what the kernel has dropped that was for the UDP sockets of these inodes."""
+    rows = (fields for table in ("udp", "udp6") for fields in _rows(table))
+    return sum(int(fields[_RECEIVE_DROPS]) for fields in rows if fields[_INODE] in inodes)
 
 
 def transmit_drops(device: str) -> int:

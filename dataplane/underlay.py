@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import os
 import socket
 import struct
 from collections.abc import Collection, Sequence
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 
 from pyflannel.dataplane.inheritance import Inheritance
 from pyflannel.dataplane.offload import NO_OFFLOAD, Offload
-from pyflannel.dataplane.proc_net import processes, udp_inodes, unix_inodes
+from pyflannel.dataplane.proc_net import processes, receive_drops, udp_inodes, unix_inodes
 from pyflannel.dataplane.refusal import Refusal
 from pyflannel.dataplane.route import IPAddress
 
@@ -29,10 +30,6 @@ _HOPS = 64
 _SO_ATTACH_FILTER = 26
 _SO_SNDBUFFORCE = 32
 _SO_RCVBUFFORCE = 33
-_SO_MEMINFO = 55
-# linux/sock_diag.h
-_SK_MEMINFO = struct.Struct("9I")
-_SK_MEMINFO_DROPS = 8
 # linux/udp.h
 _UDP_SEGMENT = 103
 _UDP_GRO = 104
@@ -173,11 +170,7 @@ class Underlay:
         They had no room for it, or its outer checksum was wrong. What UDP_GRO has joined counts
         once. Inherited sockets bring what they had counted.
         """
-        told = (
-            one.getsockopt(socket.SOL_SOCKET, _SO_MEMINFO, _SK_MEMINFO.size)
-            for one in self._receivers.sockets
-        )
-        return sum(_SK_MEMINFO.unpack(meminfo)[_SK_MEMINFO_DROPS] for meminfo in told)
+        return receive_drops({str(os.fstat(fd).st_ino) for fd in self.receive_fds})
 
     @property
     def send_fds(self) -> tuple[int, ...]:
