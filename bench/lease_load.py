@@ -183,7 +183,9 @@ async def probe(store: Store, times: int, interval: float) -> dict[str, list[flo
 
     listening = asyncio.ensure_future(listen(await store.watch(PROBED)))
     try:
-        for number in range(times):
+        # Not those of a probe before, whose last one is on the wire still.
+        first = random.randrange(1 << 20)
+        for number in range(first, first + times):
             await store.put(PROBED, UNREACHED_BASE, number)
             acknowledged = time.monotonic()
             while (seen := packets.first(number)) is None or _mac(number) not in events:

@@ -45,9 +45,7 @@ class CpuWindow:
         """Return what was used since."""
         elapsed = time.monotonic() - self._began
         idle, steal = _idle_and_steal()
-        foreign = sum(
-            seconds - self._foreign.get(key, 0.0) for key, seconds in _foreign_processes().items()
-        )
+        foreign = max(_foreign_processes() - self._foreign, 0.0)
         stolen = steal - self._steal
         busy = elapsed * (os.cpu_count() or 1) - (idle - self._idle) - stolen
         return CpuUse(elapsed, max(busy - foreign, 0.0), foreign + stolen)
@@ -60,9 +58,12 @@ def _idle_and_steal() -> tuple[float, float]:
     return (fields[3] + fields[4]) / TICKS, fields[7] / TICKS
 
 
-def _foreign_processes() -> dict[tuple[int, str], float]:
-    """Return CPU seconds by (pid, start time) of user processes that are not below this one."""
-    seconds: dict[tuple[int, str], float] = {}
+def _foreign_processes() -> float:
+    """Return CPU seconds of user processes that are not below this one.
+
+    Those of a process that has ended are in the account of the parent that has seen it end.
+    """
+    seconds: dict[int, float] = {}
     parent: dict[int, int] = {}
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
@@ -74,7 +75,7 @@ def _foreign_processes() -> dict[tuple[int, str], float]:
         fields = text.rpartition(")")[2].split()
         pid = int(entry.name)
         parent[pid] = int(fields[1])
-        seconds[pid, fields[19]] = (int(fields[11]) + int(fields[12])) / TICKS
+        seconds[pid] = sum(int(field) for field in fields[11:15]) / TICKS
     kernel_threads, me = 2, os.getpid()
 
     def is_foreign(pid: int) -> bool:
@@ -84,7 +85,7 @@ def _foreign_processes() -> dict[tuple[int, str], float]:
             pid = parent.get(pid, 0)
         return True
 
-    return {key: value for key, value in seconds.items() if is_foreign(key[0])}
+    return sum(value for pid, value in seconds.items() if is_foreign(pid))
 
 
 def wait_for_quiet() -> None:

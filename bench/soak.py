@@ -124,6 +124,15 @@ def soak(stack: Stack, packets: int) -> Iterator[Progress]:
             yield Progress(received, lost, time.monotonic() - began)
 
 
+def wrong_drops(counted: Counter[str]) -> dict[str, int]:
+    """Return those of the counters of both hosts and daemons that a sound peer does not move."""
+    return {
+        name: number
+        for name, number in counted.items()
+        if (name.startswith("drop:") and name not in BENIGN_DROPS) or "InCsumErrors" in name
+    }
+
+
 def run(packets: int, variant: Variant) -> Progress:
     """Soak two daemons; SoakError when something was changed or dropped for a wrong reason."""
     compile_tools()
@@ -133,13 +142,7 @@ def run(packets: int, variant: Variant) -> Progress:
             if progress.seconds - told > REPORT_SECONDS:
                 told = progress.seconds
                 say(str(progress))
-        counted = read_counters(stack) - before
-        wrong = {
-            name: number
-            for name, number in counted.items()
-            if (name.startswith("drop:") and name not in BENIGN_DROPS) or "InCsumErrors" in name
-        }
-        if wrong:
+        if wrong := wrong_drops(read_counters(stack) - before):
             raise SoakError(f"dropped for a reason that a sound peer does not give: {wrong}")
     return progress
 

@@ -348,7 +348,7 @@ static double run_trial(struct load *load, double rate, double seconds)
 	load->rate = rate;
 	load->seconds = seconds;
 	load->sent = load->refused = load->send_ns = 0;
-	memset(&load->counts, 0, sizeof(load->counts));
+	load->counts.received = 0; // the faults are those of all trials
 	for (int i = 0; i < load->options.flows; i++)
 		load->flows[i].sent = load->flows[i].highest = 0;
 	load->trial++;

@@ -129,6 +129,7 @@ def _kernel(made: Lab, variant: Variant) -> IPv4Address:
     made.add_leases(variant.peers - 1)
     for host in made.hosts:
         program_kernel_node(made, host)
+    _wait_for_peers(made, variant)
     return KERNEL_NODES[1][0].network_address
 
 
@@ -140,8 +141,17 @@ def _ours(made: Lab, variant: Variant) -> IPv4Address:
     python = str(variant.checkout / ".venv/bin/python") if variant.checkout else sys.executable
     for host in made.hosts:
         made.start_daemon(host, *metrics, *variant.flags, python=python)
+    _wait_for_peers(made, variant)
     subnet = IPv4Network(made.hosts[1].subnet_env()["FLANNEL_SUBNET"], strict=False)
     return subnet.network_address
+
+
+def _wait_for_peers(made: Lab, variant: Variant) -> None:
+    def are_there() -> bool:
+        routes = [host.ip("route", "show", "dev", "flannel.1") for host in made.hosts]
+        return all(text.count(" onlink") == variant.peers for text in routes)
+
+    wait_until(are_there, f"{variant.peers} peers are in the tables")
 
 
 def _start_tun_program(host: Host, number: int, peer: Host, program: tuple[str, ...]) -> None:

@@ -34,14 +34,15 @@ def needs() -> None:
 
 
 def left_behind(tag: str, session: int) -> list[str]:
-    """Return namespaces and folders with a tag, and processes of a session."""
+    """Return namespaces and folders with a tag, and processes with it or of a session."""
     found = [line for line in run("ip", "netns", "list").splitlines() if line.startswith(tag)]
     found += [str(path) for path in Path("/tmp").glob(f"{tag}*")]
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = stat.read_text().rpartition(")")[2].split()
-            if int(fields[3]) == session and fields[0] != "Z":
-                found.append((stat.parent / "cmdline").read_text())
+            command = (stat.parent / "cmdline").read_text()
+            if (int(fields[3]) == session or tag in command) and fields[0] != "Z":
+                found.append(command)
         except OSError:
             continue  # it has ended
     return found

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from bench import transfer
 from bench.cases import CASES, UDP_LOAD, what_lacks
 from bench.counters import read_counters
 from bench.machine import CpuWindow
@@ -92,6 +95,32 @@ def test_udp_load_knows_its_own_packets(stack: Stack) -> None:
     assert report["sent"] == report["received"] == 20000
 
 
+AGAIN = """
+import socket, struct
+sink = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+for trial in 2 * list(range(65536)):
+    sink.sendto(struct.pack("=IHHQ", 0x70667564, trial, 0, {sequence}), ("{address}", 9))
+"""
+
+
+def test_udp_load_sees_packets_too_late_and_twice(stack: Stack) -> None:
+    sequence, nft = 1000, stack.sink.exec
+    nft("nft", "add table ip t { chain c { type filter hook input priority 0; }; }")
+    octets = sequence.to_bytes(8, "little").hex()
+    nft("nft", f"add rule ip t c udp dport 9 @th,128,64 0x{octets} drop")
+    with ThreadPoolExecutor(1) as pool:
+        flags = ("--size", "64", "--flows", "1", "--count", "30000", "--rate", "10000")
+        loading = pool.submit(_load, stack, *flags)
+        time.sleep(1)
+        nft("nft", "delete table ip t")
+        stack.source.exec(
+            sys.executable, "-c", AGAIN.format(sequence=sequence, address=stack.target)
+        )
+        report = loading.result()
+    assert report["sent"] == report["received"] == 30000
+    assert (report["reordered"], report["duplicated"], report["corrupt"]) == (1, 1, 0)
+
+
 def test_cases_measure(stack: Stack) -> None:
     tcp, udp, rtt = (CASES[name].measure(stack, 1) for name in ("tcp1", "udp64", "rtt"))
     assert tcp.values["throughput"] > 0.1
@@ -117,6 +146,20 @@ def test_hosts_apart_have_a_core_each(stack: Stack) -> None:
     assert CASES["rtt-apart"].measure(stack, 1).values["rtt_p50"] > 1
 
 
+def test_cpu_window_tells_foreign_from_own() -> None:
+    # Of nobody's, as its parent has ended; most of its time is that of children that have ended.
+    command = "timeout 9 sh -c 'while :; do /bin/true; done' >/dev/null & echo $!"
+    done = subprocess.run(["sh", "-c", command], stdout=subprocess.PIPE, text=True, check=True)
+    try:
+        window = CpuWindow()
+        time.sleep(2)
+        use = window.end()
+    finally:
+        os.kill(int(done.stdout), signal.SIGTERM)
+    assert use.foreign > 0.5
+    assert use.disturbed
+
+
 def test_cpu_window_tells_own_from_foreign() -> None:
     window, began = CpuWindow(), time.process_time()
     # Not a time of the wall: on a busy machine that may be others' time.
@@ -125,10 +168,17 @@ def test_cpu_window_tells_own_from_foreign() -> None:
     assert window.end().used > 0.3
 
 
-def test_a_transfer_is_compared(stack: Stack) -> None:
+def test_a_transfer_is_compared(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
     before = read_counters(stack)
     assert transfer_is_intact(stack, 3)
     assert not (read_counters(stack) - before)["Tcp:InCsumErrors"]
+    receive = transfer._receive
+
+    def receive_another(listening: socket.socket) -> str:
+        return receive(listening)[::-1]
+
+    monkeypatch.setattr(transfer, "_receive", receive_another)
+    assert not transfer_is_intact(stack, 3)
 
 
 @pytest.mark.parametrize("name", ["null", "null-flat", "null-gaps", "naive", "udp-backend"])

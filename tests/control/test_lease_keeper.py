@@ -358,6 +358,7 @@ async def test_a_reservation_is_kept_without_an_etcd_lease(etcd: Etcd, prefix: s
         found = None
         while found is None or b"VtepMAC" not in found[0]:
             found = await entry(etcd, key)
+        await asyncio.sleep(1)  # a lease would be renewed after a tenth
     assert found[1] == 0
     assert node.keeper.own.renewals == 0
     await node.keeper.release()

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.lab import without_nfnetlink
-from tests.lab.hosts import SWITCH_ADDRESS, UNDERLAY, Host, Lab, lab, ping, wait_until
+from tests.lab.hosts import SWITCH_ADDRESS, Host, Lab, lab, ping, wait_until
 from tests.lab.require import require_program, require_root
 
 DATA = Path(__file__).parent.parent / "dataplane" / "data"
@@ -249,7 +249,7 @@ def test_a_kernel_without_nfnetlink(made: Lab, host: Host, kind: str) -> None:
         assert "FLANNEL-FWD" in _rules(host, kind)
     else:
         assert host.log.read_text().count("forward rules are missing: ") == 1
-        assert "FLANNEL" not in _rules(host, kind)
+        assert "flannel" not in _rules(host, kind).lower()
 
 
 def test_ipv6_rules_are_flannels(made: Lab, host: Host) -> None:
@@ -297,6 +297,5 @@ def test_blackhole_route_is_behind_a_bridges_and_comes_back(made: Lab, host: Hos
     host.ip("link", "set", "br7", "up")
     assert "dev br7" in host.ip("route", "get", gateway.replace(".1/24", ".9"))
     host.ip("link", "del", "br7")
-    assert not ping(host, UNDERLAY[200])
     host.ip("route", "del", "blackhole", subnet)
     wait_until(has_blackhole, "the blackhole route is back", 3)

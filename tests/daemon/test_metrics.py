@@ -274,6 +274,10 @@ def _check(samples: Samples, expression: str) -> None:
         # Prometheus adds these two at the scrape.
         for label in labels - {"instance", "job"}:
             assert all(label in found for found in exposed), f"{name} has no label {label}"
+    known = {label for other, found in samples if other in dict(used) for label, _ in found}
+    for grouping in re.findall(r"\b(?:by|on|without|ignoring) ?\(([^)]*)\)", expression):
+        for label in set(grouping.replace(" ", "").split(",")) - {"instance", "job"}:
+            assert label in known, f"nothing has a label {label}: {expression}"
 
 
 def test_alert_rules_speak_of_what_is_exposed(page: Samples) -> None:
@@ -316,7 +320,9 @@ def test_the_dashboard_speaks_of_what_is_exposed(page: Samples) -> None:
         )
     }
     variable = board["templating"]["list"][1]["query"]["query"]
-    assert re.fullmatch(r"label_values\((\w+), instance\)", variable)
+    told = re.fullmatch(r"label_values\((\w+), instance\)", variable)
+    assert told is not None
+    assert told[1] in {name for name, _ in page}
     assert "pyflannel_drops_total" in used
     # What fits into no rectangle would lie upon another panel.
     places = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -54,9 +55,11 @@ def flows(made: Lab, rate: int, versions: Sequence[int] = (4,)) -> Iterator[list
         start(target, log, "receive", str(container_address(target, version)), str(PORT))
     for (source, target, version), log in zip(ways, senders):
         start(source, log, "send", str(container_address(target, version)), str(PORT), str(rate))
+    began = time.monotonic()
     try:
         yield counts
     finally:
+        took = time.monotonic() - began
         # Those who send first; those who count then wait for the last ones all at once.
         for container, index in started[len(ways) :]:
             container.stop(index)
@@ -66,6 +69,7 @@ def flows(made: Lab, rate: int, versions: Sequence[int] = (4,)) -> Iterator[list
             container.stop(index)
     for count, receiver, sender in zip(counts, receivers, senders):
         count.sent = int(sender.read_text().split()[-1])
+        assert count.sent > rate * took / 4, f"only {count.sent} packets were sent in {took:.1f} s"
         count.received, count.duplicate, count.reordered = (
             int(word) for word in receiver.read_text().split()[-3:]
         )
