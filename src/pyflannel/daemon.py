@@ -60,6 +60,7 @@ from pyflannel.traffic import Traffic
 from pyflannel.underlying import (
     choose_underlay,
     device_name,
+    foresee_refusal,
     remove_idle_devices,
     remove_kernel_device,
 )
@@ -147,9 +148,10 @@ class Daemon:
         if not options.takeover:
             await self._serve_health(Inheritance())
         node = self._node
+        netlink = node.netlink = await stack.enter_async_context(Netlink())
         etcd = node.etcd = etcd_client(options)
         stack.push_async_callback(etcd.close)
-        config = node.config = await self._read_config(etcd)
+        config = node.config = await self._read_config(etcd, netlink)
         path = socket_path(options.control_dir, config.backend.vni)
         predecessor = Predecessor.find(path) if options.takeover else None
         if predecessor is None:
@@ -158,7 +160,6 @@ class Daemon:
             stack.callback(predecessor.close)
             inherited = predecessor.inherited
         stack.callback(inherited.close)
-        netlink = node.netlink = await stack.enter_async_context(Netlink())
         overlays = self._overlays
         in_use = {} if predecessor is None else predecessor.handed.offloads
         recent = RecentSnapshot(etcd, options.etcd_prefix)
@@ -305,14 +306,22 @@ class Daemon:
 
         self._stack.push_async_callback(close)
 
-    async def _read_config(self, etcd: Etcd) -> NetworkConfig:
+    async def _read_config(self, etcd: Etcd, netlink: Netlink) -> NetworkConfig:
         key = config_key(self._options.etcd_prefix)
 
         async def read() -> bytes | None:
             reading = await etcd.get(key)
             return reading.kv.value if reading.kv is not None else None
 
-        text = await _until_etcd_answers(f"etcd key {key}", self._readiness, read)
+        async def tell_meanwhile() -> None:
+            await asyncio.sleep(RETRY_SECONDS)
+            await foresee_refusal(self._options, netlink)
+
+        telling = asyncio.ensure_future(tell_meanwhile())
+        try:
+            text = await _until_etcd_answers(f"etcd key {key}", self._readiness, read)
+        finally:
+            telling.cancel()
         config = parse_network_config_untrusted(text)
         _note_ignored(config)
         backend = config.backend

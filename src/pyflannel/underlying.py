@@ -6,7 +6,7 @@ It chooses by what the operator said and the host has, and opens nothing.
 from __future__ import annotations
 
 import logging
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 from pyflannel.control.network_config import NetworkConfig
@@ -53,23 +53,8 @@ async def choose_underlay(
     options: Options, netlink: Netlink, config: NetworkConfig
 ) -> tuple[Underlying, ...]:
     """Choose interface, address and MTU for each family; Refusal when none fits (section 10)."""
-    reachable = None
-    if options.iface_can_reach is not None:
-        reachable = await netlink.route_to(options.iface_can_reach)
-    choices = choose_interface(
-        Host(await netlink.interfaces(), await netlink.default_routes(), lambda _: reachable),
-        Wish(
-            options.iface,
-            options.iface_regex,
-            options.iface_can_reach,
-            [
-                told
-                for told in (told_address(options, 4), told_address(options, 6))
-                if told is not None
-            ],
-        ),
-        [subnets.network.version for subnets in config.ranges],
-    )
+    versions = [subnets.network.version for subnets in config.ranges]
+    choices = await _choose_interfaces(options, netlink, versions)
     if config.ipv6 is None and options.public_ipv6 is not None:
         log.warning("--public-ipv6 is ignored: the network config does not enable IPv6")
     found = []
@@ -85,6 +70,33 @@ async def choose_underlay(
             log.info("Using %s as external address", told)
         found.append(Underlying(choice, told or choice.address, overlay_mtu(choice, config)))
     return tuple(found)
+
+
+async def foresee_refusal(options: Options, netlink: Netlink) -> None:
+    """Warn if no interface fits now, for the one family that every network has."""
+    try:
+        await _choose_interfaces(options, netlink, [4])
+    except Refusal as error:
+        log.warning("unless that changes, the start will end: %s", error)
+
+
+async def _choose_interfaces(
+    options: Options, netlink: Netlink, versions: Sequence[int]
+) -> Sequence[Choice]:
+    reachable = None
+    if options.iface_can_reach is not None:
+        reachable = await netlink.route_to(options.iface_can_reach)
+    told = (told_address(options, 4), told_address(options, 6))
+    return choose_interface(
+        Host(await netlink.interfaces(), await netlink.default_routes(), lambda _: reachable),
+        Wish(
+            options.iface,
+            options.iface_regex,
+            options.iface_can_reach,
+            [address for address in told if address is not None],
+        ),
+        versions,
+    )
 
 
 def told_address(options: Options, version: int) -> IPAddress | None:

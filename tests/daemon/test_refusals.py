@@ -196,6 +196,14 @@ def test_what_etcd_lets_it_wait_for_is_on_the_ready_page(made: Lab, host: Host) 
     _wait_for_page(host, "starting: etcd does not answer: http://192.168.77.1:1: ")
 
 
+def test_a_wrong_interface_is_told_while_etcd_is_waited_for(made: Lab, host: Host) -> None:
+    away = "--etcd-endpoints=http://192.168.77.1:1"
+    index = made.start_daemon(host, away, iface="nope0", wait=False)
+    said = "unless that changes, the start will end: no interface for the underlay: there is no"
+    host.wait_for_log(f"{said} interface nope0")
+    assert host.stop(index) == 0
+
+
 def test_two_hosts_with_one_public_ip_are_reported_and_neither_fights(
     made: Lab, host: Host
 ) -> None:
