@@ -31,7 +31,7 @@ def unix_inodes(name: str) -> set[str]:
 def _rows(table: str) -> list[list[str]]:
     try:
         lines = (_PROC_NET / table).read_text(errors="replace").splitlines()
-    except FileNotFoundError:  # as `udp6` where there is no IPv6
+    except (FileNotFoundError, PermissionError):  # as `udp6` without IPv6; a locked-down host
         return []
     return [line.split() for line in lines[1:]]
 
