@@ -79,6 +79,23 @@ struct tag {
 
 _Static_assert(sizeof(struct tag) <= TAG_BYTES, "the tag fits where Ethernet and VXLAN would be");
 
+/**
+ * tag_of() - Make the tag of a packet
+ * @vnet:	of the packet
+ * @super:	its number
+ *
+ * Return: the tag, index 0
+ */
+static inline struct tag tag_of(const struct virtio_net_hdr *vnet, uint32_t super)
+{
+	return (struct tag) { .super = super,
+			      .gso_size = vnet->gso_size,
+			      .csum_start = vnet->csum_start,
+			      .csum_offset = vnet->csum_offset,
+			      .flags = vnet->flags & VIRTIO_NET_HDR_F_NEEDS_CSUM,
+			      .gso_type = vnet->gso_type };
+}
+
 struct message {
 	struct iovec *vectors;
 	size_t vector_count, bytes, segments, segment;

@@ -151,21 +151,17 @@ void take_packet(struct encap *e, uint8_t *slot, size_t length, bool gapped)
 {
 	uint8_t *packet = slot + TAG_BYTES;
 	struct virtio_net_hdr vnet;
-	struct tag tag = { .super = e->super++ };
+	struct tag tag;
 	size_t header;
 
 	e->bytes += length;
 	memcpy(&vnet, packet - VNET_BYTES, sizeof(vnet));
-	tag.flags = vnet.flags & VIRTIO_NET_HDR_F_NEEDS_CSUM;
-	tag.csum_start = vnet.csum_start;
-	tag.csum_offset = vnet.csum_offset;
+	tag = tag_of(&vnet, e->super++);
 	if (vnet.gso_type == VIRTIO_NET_HDR_GSO_NONE) {
 		memcpy(slot, &tag, sizeof(tag));
 		add_segment(e, &(struct iovec) { slot, TAG_BYTES + length }, 1, TAG_BYTES + length);
 		return;
 	}
-	tag.gso_type = vnet.gso_type;
-	tag.gso_size = vnet.gso_size;
 	header = vnet.csum_start + 4u * ((struct tcphdr *)(packet + vnet.csum_start))->doff;
 	if (gapped && (header != e->header || vnet.gso_size != e->mss)) {
 		close_gaps(e, packet, length);

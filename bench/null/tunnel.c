@@ -55,15 +55,10 @@ struct tunnel_sender {
 static void set_head(struct tunnel_sender *s, struct head *head, const struct virtio_net_hdr *vnet,
 		     size_t length)
 {
-	struct tag tag = { .super = s->super++,
-			   .index = ANY_PLACE,
-			   .gso_size = vnet->gso_size,
-			   .csum_start = vnet->csum_start,
-			   .csum_offset = vnet->csum_offset,
-			   .flags = vnet->flags & VIRTIO_NET_HDR_F_NEEDS_CSUM,
-			   .gso_type = vnet->gso_type };
+	struct tag tag = tag_of(vnet, s->super++);
 	struct virtio_net_hdr *all = &head->vnet.vnet;
 
+	tag.index = ANY_PLACE;
 	memcpy(head->tag, &tag, sizeof(tag));
 	head->outer = s->outer;
 	set_lengths(&head->outer, TAG_BYTES + length);

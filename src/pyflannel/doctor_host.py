@@ -56,23 +56,22 @@ def check_tun() -> Iterator[Finding]:
 
 def check_capabilities() -> Iterator[Finding]:
     """This process must be allowed what the daemon does."""
-    for name in _CAPABILITIES:
-        if not _is_capable(name):
-            yield failure(
-                f"this process lacks {name}",
-                f"run as root, or give the container --cap-add {name.removeprefix('CAP_')}",
-            )
+    for name in _missing_capabilities():
+        yield failure(
+            f"this process lacks {name}",
+            f"run as root, or give the container --cap-add {name.removeprefix('CAP_')}",
+        )
 
 
-def _is_capable(name: str) -> bool:
+def _missing_capabilities() -> list[str]:
     status = Path("/proc/self/status").read_text()
     effective = int(re.search(r"^CapEff:\s*(\w+)", status, re.MULTILINE)[1], 16)  # type: ignore[index]  # every Linux has the line
-    return bool(effective >> _CAPABILITIES[name] & 1)
+    return [name for name, bit in _CAPABILITIES.items() if not effective >> bit & 1]
 
 
 def check_receive_buffer() -> Iterator[Finding]:
     """A receive socket must hold a burst; that CAP_NET_ADMIN is missing is told elsewhere."""
-    if _is_capable("CAP_NET_ADMIN"):
+    if "CAP_NET_ADMIN" not in _missing_capabilities():
         yield from _warned(small_buffer_warning(grantable_receive_buffer()))
 
 

@@ -52,7 +52,8 @@ from pyflannel.underlying import (
 
 log = logging.getLogger(__name__)
 
-KERNEL_DROPS = (RECEIVE_BUFFER, TUN_QUEUE) = ("receive_buffer", "tun_queue")
+RECEIVE_BUFFER, TUN_QUEUE = "receive_buffer", "tun_queue"
+KERNEL_DROPS = (RECEIVE_BUFFER, TUN_QUEUE)
 """Drop reasons beside the fast path's: what the kernel dropped that we were to receive, or read."""
 
 _FORWARDING = {4: "net.ipv4.ip_forward", 6: "net.ipv6.conf.all.forwarding"}

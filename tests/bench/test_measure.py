@@ -9,8 +9,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 
 import pytest
 
@@ -61,16 +63,24 @@ def test_udp_load_counts_every_packet(stack: Stack) -> None:
     assert 0 < report["rate"] < 40000 * 1.05
 
 
-def test_udp_load_sees_loss_and_changed_bytes(stack: Stack) -> None:
-    nft = stack.sink.exec
-    nft("nft", "add table ip t { chain c { type filter hook input priority 0; }; }")
+@contextmanager
+def rules(stack: Stack, *texts: str) -> Iterator[Callable[[], str]]:
+    """Have nft rules for the load's packets that arrive; yield what lists them."""
+    nft = partial(stack.sink.exec, "nft")
+    nft("add table ip t { chain c { type filter hook input priority 0; }; }")
     try:
-        nft("nft", "add rule ip t c udp dport 9 numgen inc mod 10 == 0 drop")
-        # Bytes 40..43 behind the UDP header, in packets that have them.
-        nft("nft", "add rule ip t c udp dport 9 numgen inc mod 9 == 0 @th,320,32 set 7")
-        report = _load(stack, *CHECKED, "--size", "64")
+        for text in texts:
+            nft(f"add rule ip t c udp dport 9 {text}")
+        yield partial(nft, "list table ip t")
     finally:
-        nft("nft", "delete table ip t")
+        nft("delete table ip t")
+
+
+def test_udp_load_sees_loss_and_changed_bytes(stack: Stack) -> None:
+    # Bytes 40..43 behind the UDP header, in packets that have them.
+    changed = "numgen inc mod 9 == 0 @th,320,32 set 7"
+    with rules(stack, "numgen inc mod 10 == 0 drop", changed):
+        report = _load(stack, *CHECKED, "--size", "64")
     assert report["sent"] - report["received"] - report["corrupt"] == 2000
     assert report["corrupt"] == 2000
 
@@ -104,15 +114,13 @@ for trial in 2 * list(range(65536)):
 
 
 def test_udp_load_sees_packets_too_late_and_twice(stack: Stack) -> None:
-    sequence, nft = 1000, stack.sink.exec
-    nft("nft", "add table ip t { chain c { type filter hook input priority 0; }; }")
+    sequence = 1000
     octets = sequence.to_bytes(8, "little").hex()
-    nft("nft", f"add rule ip t c udp dport 9 @th,128,64 0x{octets} drop")
     with ThreadPoolExecutor(1) as pool:
         flags = ("--size", "64", "--flows", "1", "--count", "30000", "--rate", "10000")
-        loading = pool.submit(_load, stack, *flags)
-        time.sleep(1)
-        nft("nft", "delete table ip t")
+        with rules(stack, f"@th,128,64 0x{octets} counter drop") as listed:
+            loading = pool.submit(_load, stack, *flags)
+            wait_until(lambda: "counter packets 1 " in listed(), "the packet is held back")
         stack.source.exec(
             sys.executable, "-c", AGAIN.format(sequence=sequence, address=stack.target)
         )

@@ -49,8 +49,7 @@ def small_rmem_max() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def wrapper() -> Iterator[tuple[str, ...]]:
-    """Return what runs a command in the user namespace."""
+def owner() -> Iterator[int]:
     require_root()
     for program in (
         "etcd",
@@ -63,15 +62,21 @@ def wrapper() -> Iterator[tuple[str, ...]]:
         "unshare",
     ):
         require_program(program)
-    with user_namespace() as owner:
-        yield ("nsenter", "--target", str(owner), "--user", "--preserve-credentials")
+    with user_namespace() as pid:
+        yield pid
 
 
 @pytest.fixture(scope="module")
-def made(wrapper: tuple[str, ...]) -> Iterator[Lab]:
+def wrapper(owner: int) -> tuple[str, ...]:
+    """Return what runs a command in the user namespace."""
+    return ("nsenter", "--target", str(owner), "--user", "--preserve-credentials")
+
+
+@pytest.fixture(scope="module")
+def made(owner: int, wrapper: tuple[str, ...]) -> Iterator[Lab]:
     with small_rmem_max(), lab(1) as made:
         made.put_config()
-        made.add_host(owner=int(wrapper[2]))
+        made.add_host(owner)
         for host, inside in zip(made.hosts, ((), wrapper)):
             made.start_daemon(host, "--ip-masq", wrapper=inside)
             made.add_container(host)
