@@ -1,4 +1,4 @@
-"""What went wrong during a sample: error counters of both hosts, drops of both daemons."""
+"""What went wrong during a sample: error counters of both hosts, drops of the daemons."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def read_counters(stack: Stack) -> Counter[str]:
     counters: Counter[str] = Counter()
     for host in (stack.source, stack.sink):
         counters.update(_network(host))
-        if stack.variant.kind == "ours":
-            counters.update(_drops(host))
+    for host in stack.daemons:
+        counters.update(_drops(host))
     return counters
 
 

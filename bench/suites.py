@@ -36,6 +36,12 @@ SUITES = (
         ("wire", "veth-default"),
     ),
     Suite(
+        "mixed",
+        "pyflannel-udp with a node of the kernel's device",
+        ("kernel", "ours", "from-kernel", "to-kernel"),
+        (*BASIC, "tcp4-bbr", "udp64-8", "udp1400"),
+    ),
+    Suite(
         "offloads",
         "pyflannel-udp at each offload level",
         (

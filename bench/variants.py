@@ -25,6 +25,8 @@ TUN_ADDRESSES = (IPv4Address("10.245.0.1"), IPv4Address("10.245.0.2"))
 METRICS_PORT = 8080
 # Room for 10,000 subnets; the lab's underlay lies outside.
 CONFIG = '{"Network":"10.0.0.0/8","Backend":{"Type":"vxlan"}}'
+# Numbers of the hosts that run pyflannel-udp, by kind of variant.
+OURS = {"ours": (0, 1), "from-kernel": (1,), "to-kernel": (0,)}
 KERNEL_NODES = (
     (IPv4Network("10.244.201.0/24"), "0a:00:00:00:00:01"),
     (IPv4Network("10.244.202.0/24"), "0a:00:00:00:00:02"),
@@ -68,6 +70,11 @@ class Stack:
         """The host that receives."""
         return self.made.hosts[1]
 
+    @property
+    def daemons(self) -> list[Host]:
+        """The hosts that run pyflannel-udp."""
+        return [self.made.hosts[number] for number in OURS.get(self.variant.kind, ())]
+
     def close(self) -> None:
         """Stop and remove it."""
         self.made.close()
@@ -92,7 +99,7 @@ def parse_variant(text: str, common: tuple[str, ...] = ()) -> Variant:
     if folder is not None and not (folder / ".venv/bin/python").exists():
         raise ValueError(f"{folder} has no .venv; run `make setup` there")
     words = tuple(flags.split()) if equals else known.flags if known else ()
-    words = (*words, *common) if kind == "ours" else words
+    words = (*words, *common) if kind in OURS else words
     return Variant(name, kind, words, folder, known.peers if known else 1)
 
 
@@ -122,28 +129,28 @@ def _plain(made: Lab, variant: Variant) -> IPv4Address:
     return made.hosts[1].address
 
 
-def _kernel(made: Lab, variant: Variant) -> IPv4Address:
-    made.start_etcd()
-    for host, (subnet, mac) in zip(made.hosts, KERNEL_NODES):
-        start_kernel_node(made, host, subnet, mac)
-    made.add_leases(variant.peers - 1)
-    for host in made.hosts:
-        program_kernel_node(made, host)
-    _wait_for_peers(made, variant)
-    return KERNEL_NODES[1][0].network_address
-
-
-def _ours(made: Lab, variant: Variant) -> IPv4Address:
+def _flannel(made: Lab, variant: Variant) -> IPv4Address:
     made.start_etcd()
     made.put_config(CONFIG)
     made.add_leases(variant.peers - 1)
-    metrics = ("--healthz-ip=127.0.0.1", f"--healthz-port={METRICS_PORT}")
-    python = str(variant.checkout / ".venv/bin/python") if variant.checkout else sys.executable
-    for host in made.hosts:
-        made.start_daemon(host, *metrics, *variant.flags, python=python)
+    kernel_nodes = []
+    for number, host in enumerate(made.hosts):
+        if number in OURS.get(variant.kind, ()):
+            _start_daemon(made, host, variant)
+        else:
+            start_kernel_node(made, host, *KERNEL_NODES[number])
+            kernel_nodes.append(host)
+    for host in kernel_nodes:
+        program_kernel_node(made, host)
     _wait_for_peers(made, variant)
     subnet = IPv4Network(made.hosts[1].subnet_env()["FLANNEL_SUBNET"], strict=False)
     return subnet.network_address
+
+
+def _start_daemon(made: Lab, host: Host, variant: Variant) -> None:
+    metrics = ("--healthz-ip=127.0.0.1", f"--healthz-port={METRICS_PORT}")
+    python = str(variant.checkout / ".venv/bin/python") if variant.checkout else sys.executable
+    made.start_daemon(host, *metrics, *variant.flags, python=python)
 
 
 def _wait_for_peers(made: Lab, variant: Variant) -> None:
@@ -222,8 +229,10 @@ def _openvswitch(made: Lab, variant: Variant) -> IPv4Address:
 
 KINDS: dict[str, Callable[[Lab, Variant], IPv4Address]] = {
     "plain": _plain,
-    "kernel": _kernel,
-    "ours": _ours,
+    "kernel": _flannel,
+    "ours": _flannel,
+    "from-kernel": _flannel,
+    "to-kernel": _flannel,
     "null": _null,
     "naive": _naive,
     "udp-backend": _udp_backend,
@@ -236,7 +245,7 @@ VARIANTS = {
     for variant in (
         Variant("plain", "plain"),
         Variant("kernel", "kernel"),
-        Variant("ours", "ours"),
+        *(Variant(kind, kind) for kind in OURS),
         Variant("null", "null", ("--design=gather", "--threads=2")),
         Variant("null-1thread", "null", ("--design=gather", "--threads=1")),
         Variant("null-flat", "null", ("--design=flat", "--threads=2")),

@@ -26,7 +26,7 @@ def needs() -> None:
         require_program(program)
 
 
-@pytest.mark.parametrize("variant", ["ours", "one-queue=--tun-queues=1"])
+@pytest.mark.parametrize("variant", ["ours", "one-queue=--tun-queues=1", "from-kernel"])
 def test_nothing_is_changed_on_the_way(variant: str) -> None:
     progress = run(PACKETS, parse_variant(variant))
     assert progress.total >= PACKETS
