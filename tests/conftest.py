@@ -12,8 +12,12 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 
 def pytest_configure() -> None:
-    """Let SIGTERM end the run as Ctrl-C does, with all that fixtures remove."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """Let SIGTERM end the run as Ctrl-C does, with all that fixtures remove.
+
+    A shell that starts the run in the background has SIGINT ignored, for all programs of the run.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
