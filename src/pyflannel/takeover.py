@@ -28,12 +28,9 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from pyflannel.control.lease import BadLease, KeyValue, Lease, lease_key, parse_lease_untrusted
-from pyflannel.control.network_config import NetworkConfig
-from pyflannel.dataplane.inheritance import Inheritance
+from pyflannel.control.lease import KeyValue
 from pyflannel.dataplane.offload import NO_OFFLOAD, Offload, parse_offload
 from pyflannel.dataplane.refusal import Refusal
 from pyflannel.health import STARTING
@@ -114,73 +111,6 @@ class HandedOver:
                 f"what the running process hands over is not understood ({error!r}); "
                 "restart instead: systemctl restart pyflannel-udp"
             ) from error
-
-
-class Predecessor:
-    """The running process, as its successor sees it; the connection's end is the end of the try."""
-
-    def __init__(self, connection: socket.socket, handed: HandedOver, inherited: Inheritance):
-        self._connection = connection
-        self.handed = handed
-        self.inherited = inherited
-
-    @classmethod
-    def find(cls, path: Path) -> Predecessor:
-        """Ask the process that serves this control socket for all it has; Refusal if none does."""
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            connection.settimeout(SETTLE_SECONDS)
-            connection.connect(str(path))
-            connection.sendall(b'{"request":"takeover"}\n')
-            line, fds, _, _ = socket.recv_fds(connection, STATE_BYTES, FDS_MAX)
-        except OSError as error:
-            connection.close()
-            raise Refusal(
-                f"nothing to take over: {path}: {error.strerror or error}; start without --takeover"
-            ) from error
-        inherited = Inheritance(fds)
-        try:
-            return cls(connection, HandedOver.from_json(line), inherited)
-        except BaseException:
-            inherited.close()
-            connection.close()
-            raise
-
-    def lease(self, prefix: str, config: NetworkConfig) -> Lease:
-        """Return the lease that is ours now; Refusal if it is of another network."""
-        try:
-            lease = parse_lease_untrusted(self.handed.lease)
-        except BadLease as error:
-            raise Refusal(f"the running process has no lease to hand over: {error}") from error
-        key = self.handed.lease.key.decode()
-        if key != lease_key(prefix, lease.subnet) or not config.fits(lease.subnet):
-            raise Refusal(
-                f"the running process has {key}, which does not fit --etcd-prefix or the network "
-                "configuration any more; restart instead: systemctl restart pyflannel-udp"
-            )
-        return lease
-
-    def stop(self) -> None:
-        """Have it stop forwarding; from here on until we forward, packets queue."""
-        self._exchange(READY, STOPPED)
-
-    def finish(self) -> None:
-        """Let it end."""
-        self._exchange(DONE, YOURS)
-        self.close()
-
-    def close(self) -> None:
-        """Leave it alone: it goes on where `finish` was not reached; may be called again."""
-        self._connection.close()
-
-    def _exchange(self, say: bytes, expect: bytes) -> None:
-        try:
-            self._connection.sendall(say)
-            answer = self._connection.recv(len(expect), socket.MSG_WAITALL)
-        except OSError as error:
-            raise Refusal(f"the running process does not hand over: {error}") from error
-        if answer != expect:
-            raise Refusal("the running process does not hand over: look at its log")
 
 
 class Handover:
