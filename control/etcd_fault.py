@@ -32,6 +32,11 @@ _TOKEN_ERRORS = {
     "revision of auth store is old": "users have changed",
     "user name is empty": "it wants a user; give --etcd-username and --etcd-password",
 }
+_REQUEST_ERRORS = {
+    # It answers all the same, and so would the other members.
+    "database space exceeded": "its database is full, so it takes no writes; compact and "
+    "defragment it, then `etcdctl alarm disarm`",
+}
 _CERTIFICATE = "it wants a client certificate that it trusts; see --etcd-certfile, --etcd-keyfile"
 _CREDENTIAL_ERRORS = {
     "certificate_verify_failed": "its certificate is not signed by our CA (--etcd-cafile)",
@@ -60,6 +65,9 @@ def diagnose(code: str, details: str) -> tuple[Fault, str]:
     for text, clause in _CREDENTIAL_ERRORS.items():
         if text in low:
             return Fault.CREDENTIALS, clause
+    for text, clause in _REQUEST_ERRORS.items():
+        if text in low:
+            return Fault.REQUEST, clause
     if code == "DEADLINE_EXCEEDED":
         return Fault.ENDPOINT, "no answer in time"
     clause, connecting = _PREAMBLE.subn("", details.strip())

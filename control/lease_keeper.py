@@ -18,7 +18,7 @@ from ipaddress import IPv4Address
 from typing import Protocol
 
 from pyflannel.control.etcd import Compacted, Etcd, Put
-from pyflannel.control.etcd_fault import EtcdUnavailable
+from pyflannel.control.etcd_fault import EtcdRejected, EtcdUnavailable
 from pyflannel.control.lease import (
     LEASE_TTL_SECONDS,
     BadLease,
@@ -128,7 +128,12 @@ class LeaseKeeper:
 
         `recent` may spare the first attempt a list.
         """
-        return self._hold(await self._writer.acquire(recent))
+        lease = await self._writer.acquire(recent, self._tell_rejected)
+        self._readiness.clear(NO_LEASE)
+        return self._hold(lease)
+
+    def _tell_rejected(self, error: EtcdRejected) -> None:
+        self._readiness.set(NO_LEASE, f"etcd does not take our lease: {error}; trying again")
 
     def to_hand_over(self) -> tuple[KeyValue, float | None]:
         """Return our key as we know it, and when its etcd lease ends, for a successor."""
@@ -187,6 +192,8 @@ class LeaseKeeper:
                 except Compacted as reason:
                     log.info("reading our own lease anew: %s", reason)
                 except EtcdUnavailable as error:
+                    if isinstance(error, EtcdRejected) and self._state is LeaseState.LOST:
+                        self._tell_rejected(error)
                     log.debug("cannot watch our own lease: %s", error)
                     await asyncio.sleep(RETRY_SECONDS * self._rng.random())
                 except SubnetsExhausted as error:

@@ -10,9 +10,8 @@ import asyncio
 import contextlib
 import logging
 import random
-import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 
@@ -42,7 +41,6 @@ log = logging.getLogger(__name__)
 
 RETRY_SECONDS = 1.0
 RACE_SECONDS = 0.05
-REMIND_SECONDS = 60.0
 GRANTS_REMEMBERED = 16
 
 
@@ -108,14 +106,15 @@ class LeaseWriter:
         self._identity = identity
         self.value = identity.attributes(self._config.backend.vni).to_json()
 
-    async def acquire(self, recent: RecentSnapshot | None = None) -> Lease:
+    async def acquire(
+        self, recent: RecentSnapshot | None, on_rejected: Callable[[EtcdRejected], None]
+    ) -> Lease:
         """Get a lease: our old one, the previous subnet, or a free one.
 
-        `recent` may spare the first attempt a list. Waits for etcd as
-        long as it takes, and tries again when another host was faster: then there is one subnet
-        less, so this ends. SubnetsExhausted when there is none.
+        `recent` may spare the first attempt a list, `on_rejected` is told when etcd says no. Waits
+        for etcd as long as it takes, and tries again when another host was faster: then there is
+        one subnet less, so this ends. SubnetsExhausted when there is none.
         """
-        told = 0.0
         recent = recent or RecentSnapshot(self._etcd, self._prefix)
         while True:
             try:
@@ -124,9 +123,7 @@ class LeaseWriter:
                     return lease
                 await asyncio.sleep(RACE_SECONDS * self._rng.random())
             except EtcdRejected as error:
-                if not told or time.monotonic() - told > REMIND_SECONDS:
-                    log.warning("cannot acquire a lease: %s; trying again", error)
-                    told = time.monotonic()
+                on_rejected(error)
                 await asyncio.sleep(RETRY_SECONDS)
             except EtcdUnavailable as error:
                 log.debug("cannot acquire a lease: %s", error)
@@ -143,17 +140,11 @@ class LeaseWriter:
                 continue
             if self._config.fits(lease.subnet):
                 return await self._reuse(lease)
-            log.warning("our lease %s does not fit the network config: deleted", lease.subnet)
             self._previous = lease.subnet
-            await self._etcd.delete_if(kv.key.decode(), kv.mod_revision)
+            if (await self._etcd.delete_if(kv.key.decode(), kv.mod_revision)).succeeded:
+                log.warning("our lease %s does not fit the network config: deleted", lease.subnet)
             return None
-        chosen = choose_subnet(self._config, taken, self._rng, self._previous)
-        if self._previous is not None and chosen.ipv4 == self._previous.ipv4:
-            log.info("Found previously leased subnet (%s), reusing", chosen.ipv4)
-        else:
-            for subnets in self._config.ranges:
-                log.info("Picking subnet in range %s ... %s", subnets.first, subnets.last)
-        return await self._create(chosen)
+        return await self._create(choose_subnet(self._config, taken, self._rng, self._previous))
 
     def _own_lease(self, kv: KeyValue) -> Lease | None:
         if not may_be_of(kv, self._identity.public_ip):
@@ -165,6 +156,9 @@ class LeaseWriter:
         return lease if lease.attributes.public_ip == self._identity.public_ip else None
 
     async def _reuse(self, lease: Lease) -> Lease | None:
+        written = await self.write(lease.subnet, lease, reservation=lease.etcd_lease == 0)
+        if written is None:
+            return None
         vtep = lease.attributes.vtep
         if vtep is not None and vtep.mac != self._identity.vtep_mac:
             log.warning(
@@ -180,14 +174,19 @@ class LeaseWriter:
             lease.subnet.ipv4,
             self._identity.public_ip,
         )
-        return await self.write(lease.subnet, lease, reservation=lease.etcd_lease == 0)
+        return written
 
     async def _create(self, subnet: LeaseSubnet) -> Lease | None:
         lease = await self.write(subnet, None, reservation=False)
         if lease is None:
             log.info("lost the race for %s, trying another", subnet.ipv4)
+            return None
+        if self._previous is not None and subnet.ipv4 == self._previous.ipv4:
+            log.info("Found previously leased subnet (%s), reusing", subnet.ipv4)
         else:
-            log.info("Allocated lease (%s) to current node", subnet.ipv4)
+            for subnets in self._config.ranges:
+                log.info("Picking subnet in range %s ... %s", subnets.first, subnets.last)
+        log.info("Allocated lease (%s) to current node", subnet.ipv4)
         return lease
 
     async def write(
