@@ -56,6 +56,11 @@ SUBNET_CHANGED = "subnet-changed"
 _BY_OTHERS = (Sighting.RESERVED, Sighting.BARE, Sighting.COPIED, Sighting.FOREIGN)
 
 
+def _now() -> float:
+    """Return seconds of the clock that nobody sets and that goes on while the host is suspended."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
 def _is_of(kv: KeyValue, mac: MacAddress) -> bool:
     """Whether a key is written by the host with this VTEP MAC."""
     with contextlib.suppress(BadLease):
@@ -96,7 +101,7 @@ class LeaseKeeper:
         self._writer = LeaseWriter(etcd, prefix, config, identity, rng)
         self._state = LeaseState.SEEKING
         self._lease: Lease | None = None
-        self._expires_at: float | None = None
+        self._ends_at: float | None = None
         self._chance = 0.0
         self._written = 0
         self._last_foreign = 0
@@ -123,6 +128,10 @@ class LeaseKeeper:
             foreign_puts=self._foreign_puts,
         )
 
+    @property
+    def _expires_at(self) -> float | None:
+        return None if self._ends_at is None else time.time() + self._ends_at - _now()
+
     async def acquire(self, recent: RecentSnapshot | None = None) -> Lease:
         """Get a lease, however long it takes; SubnetsExhausted when none is free.
 
@@ -147,7 +156,7 @@ class LeaseKeeper:
     def take_over(self, lease: Lease, expires_at: float | None) -> Lease:
         """Go on with the lease of the process before us; what it tells may have changed since."""
         self._hold(lease)
-        self._expires_at = expires_at
+        self._ends_at = None if expires_at is None else _now() + expires_at - time.time()
         self._writer.granted.append(lease.etcd_lease)
         if lease.attributes.to_json() != self._writer.value:
             self._moved.set()
@@ -175,7 +184,7 @@ class LeaseKeeper:
         """Take a lease that we wrote just now for our own."""
         self._lease = lease
         self._state = LeaseState.HELD if lease.etcd_lease else LeaseState.RESERVED
-        self._expires_at = time.time() + LEASE_TTL_SECONDS if lease.etcd_lease else None
+        self._ends_at = _now() + LEASE_TTL_SECONDS if lease.etcd_lease else None
         self._chance = self._rng.random()
         self._written = lease.mod_revision
         return lease
@@ -247,10 +256,8 @@ class LeaseKeeper:
         check = min(RENEW_CHECK_SECONDS, max(self._margin / 10, 1.0))
         while True:
             delay = check
-            if self._state is LeaseState.HELD and self._expires_at is not None:
-                delay = seconds_to_renewal(
-                    self._expires_at, time.time(), self._margin, self._chance
-                )
+            if self._state is LeaseState.HELD and self._ends_at is not None:
+                delay = seconds_to_renewal(self._ends_at, _now(), self._margin, self._chance)
             if delay <= 0:
                 async with self._lock:
                     delay = 0 if await self._renew() else check
@@ -270,7 +277,6 @@ class LeaseKeeper:
             log.warning("lease %s was changed by somebody else: not renewed", lease.subnet)
             return False
         self._hold(renewed)
-        assert self._expires_at is not None
         self._renewals += 1
         when = time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(self._expires_at))
         log.info("Lease renewed, new expiration: %s", when)
@@ -350,7 +356,7 @@ class LeaseKeeper:
         """Take what the key says about itself for our own."""
         if kv.lease != lease.etcd_lease:
             ttl = await self._etcd.time_to_live(kv.lease) if kv.lease else 0
-            self._expires_at = time.time() + ttl if kv.lease else None
+            self._ends_at = _now() + ttl if kv.lease else None
         if sighting is Sighting.RESERVED:
             log.warning("lease %s was put without an etcd lease: now a reservation", lease.subnet)
         elif sighting is Sighting.COPIED:

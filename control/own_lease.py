@@ -160,10 +160,11 @@ def judge(
     return Sighting.COPIED if kv.value == value else Sighting.FOREIGN
 
 
-def seconds_to_renewal(expires_at: float, now: float, margin: float, chance: float) -> float:
+def seconds_to_renewal(ends_at: float, now: float, margin: float, chance: float) -> float:
     """Return how long to wait before renewing; `chance` in 0..1 spreads it.
 
-    All times in seconds of the wall clock, so that a suspended host renews when it wakes.
+    All times in seconds of a clock that counts a suspension, so that a host renews when it wakes,
+    and that nobody sets: one set back by more than the margin would have the lease end first.
     """
     whole = max(LEASE_TTL_SECONDS - margin, 0.0)
-    return expires_at - margin - whole * RENEW_JITTER * chance - now
+    return ends_at - margin - whole * RENEW_JITTER * chance - now

@@ -9,10 +9,11 @@ import random
 import time
 from collections.abc import AsyncIterator, Callable
 from ipaddress import IPv4Address, IPv4Network
+from typing import Any
 
 import pytest
 
-from pyflannel.control import lease_list
+from pyflannel.control import lease_keeper, lease_list
 from pyflannel.control.etcd import Etcd
 from pyflannel.control.lease import LEASE_TTL_SECONDS, Lease, LeaseSubnet, lease_key
 from pyflannel.control.lease_keeper import CONFLICT, NO_LEASE, SUBNET_CHANGED, LeaseKeeper
@@ -109,6 +110,19 @@ async def until(condition: Callable[[], object], seconds: float = 10) -> float:
     return time.monotonic() - started
 
 
+class SetClock:
+    """The module `time`, with a wall clock that was set by some seconds."""
+
+    def __init__(self, jump: float) -> None:
+        self._jump = jump
+
+    def time(self) -> float:
+        return time.time() + self._jump
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(time, name)
+
+
 async def put(etcd: Etcd, key: str, value: str | bytes, lease: int = 0) -> None:
     """Write a key whatever is there, as etcdctl does."""
     octets = value.encode() if isinstance(value, str) else value
@@ -196,6 +210,22 @@ async def test_renewal_is_a_put_of_the_same_value_under_a_new_etcd_lease(
     assert after[1] not in (0, lease.etcd_lease)
     assert node.keeper.own.foreign_puts == 0
     assert node.reasons.ever == []
+
+
+@pytest.mark.parametrize("jump", [-8 * 3600, 365 * 86400], ids=["back", "ahead"])
+async def test_a_clock_that_is_set_neither_delays_a_renewal_nor_hurries_it(
+    etcd: Etcd, prefix: str, monkeypatch: pytest.MonkeyPatch, jump: float
+) -> None:
+    node = Node(etcd, prefix, margin=LEASE_TTL_SECONDS - 1)
+    await node.keeper.acquire()
+    started = time.monotonic()
+    # Only the keeper's: grpc's deadlines are of its clock, which a real jump moves as well.
+    monkeypatch.setattr(lease_keeper, "time", SetClock(jump))
+    async with node.running():
+        await until(lambda: node.keeper.own.renewals == 1)
+    assert time.monotonic() - started > 0.9
+    expires_at = node.keeper.own.expires_at
+    assert expires_at == pytest.approx(time.time() + jump + LEASE_TTL_SECONDS, abs=5)
 
 
 @pytest.mark.alone
