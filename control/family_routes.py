@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from pyflannel.control.lease import Lease, LeasePart
+from pyflannel.control.lease import Lease, LeasePart, text_of
 from pyflannel.dataplane.route import (
     Delete,
     IPAddress,
@@ -236,8 +236,3 @@ def _span(subnet: IPNetwork) -> tuple[int, int]:
     """Return the first address and the one behind the last."""
     start = int(subnet.network_address)
     return start, start + (1 << subnet.max_prefixlen - subnet.prefixlen)
-
-
-def text_of(key: bytes) -> str:
-    """Return a key for people to read."""
-    return key.decode("utf-8", "backslashreplace")

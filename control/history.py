@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from pyflannel.control.lease import KeyValue
+from pyflannel.control.lease import KeyValue, text_of
 
 
 class History:
@@ -49,6 +49,5 @@ class History:
             if (kv.create_revision <= self.revision and kv.create_revision != created) or (
                 kv.mod_revision <= self.revision and kv.mod_revision != modified
             ):
-                key = kv.key.decode("utf-8", "replace")
-                return f"{key} is older than revision {self.revision} and was not known"
+                return f"{text_of(kv.key)} is older than revision {self.revision} and was not known"
         return ""

@@ -19,6 +19,7 @@ from pyflannel.dataplane.route import IPAddress, IPNetwork, MacAddress
 
 BACKEND_TYPE = "vxlan"
 LEASE_TTL_SECONDS = 86400
+WHY_CHARS = 200
 KEYS_REMEMBERED = 1 << 14
 """A start reads all keys twice, and each event repeats one."""
 
@@ -29,7 +30,11 @@ _KEY = re.compile(
 
 
 class BadLease(ValueError):
-    """A key or value under `<prefix>/subnets` is not a lease; `str()` says why."""
+    """A key or value under `<prefix>/subnets` is not a lease; `str()` says why, in a short line."""
+
+    def __init__(self, why: str) -> None:
+        # It may quote what is wrong, which may be a megabyte.
+        super().__init__(why if len(why) <= WHY_CHARS else f"{why[:WHY_CHARS]}…")
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +146,21 @@ class Lease:
         if self.subnet.ipv6 is None:
             return None
         return LeasePart(self.subnet.ipv6, told.public_ipv6, told.vtep_v6)
+
+
+def text_of(octets: bytes) -> str:
+    """Return a key or value for people to read: on one line, and nothing steers their terminal.
+
+    What is not printable is escaped as in Python and in the shell's $'…', a backslash too.
+    """
+    found = []
+    for x in octets.decode("utf-8", "surrogateescape"):
+        if x.isprintable() and x != "\\":
+            found.append(x)
+        else:
+            byte = ord(x) - 0xDC00  # what is not UTF-8 comes as a surrogate
+            found.append(f"\\x{byte:02x}" if 0x80 <= byte <= 0xFF else ascii(x)[1:-1])
+    return "".join(found)
 
 
 def _join(*parts: str) -> str:

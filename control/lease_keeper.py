@@ -26,6 +26,7 @@ from pyflannel.control.lease import (
     Lease,
     lease_key,
     parse_lease_attributes_untrusted,
+    text_of,
 )
 from pyflannel.control.lease_list import RecentSnapshot
 from pyflannel.control.lease_writer import LeaseWriter, OwnIdentity
@@ -388,7 +389,7 @@ class LeaseKeeper:
         self._readiness.clear(NO_LEASE)
 
     def _conflict(self, kv: KeyValue) -> str:
-        key, value = kv.key.decode("utf-8", "replace"), kv.value[:200].decode("utf-8", "replace")
+        key, value = text_of(kv.key), text_of(kv.value[:200])
         address = self._identity.public_ip
         remedy = "stop who wrote it, then restart"
         with contextlib.suppress(BadLease):

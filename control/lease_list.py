@@ -14,6 +14,7 @@ from pyflannel.control.lease import (
     may_be_of,
     parse_lease_untrusted,
     subnets_prefix,
+    text_of,
 )
 from pyflannel.dataplane.route import IPAddress
 
@@ -78,5 +79,5 @@ async def read_leases(etcd: Etcd, prefix: str) -> LeaseList:
         try:
             leases.append(parse_lease_untrusted(kv))
         except BadLease as error:
-            bad[kv.key.decode("utf-8", "backslashreplace")] = str(error)
+            bad[text_of(kv.key)] = str(error)
     return LeaseList(tuple(leases), bad)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 
-from pyflannel.control.family_routes import FamilyRoutes, Place, text_of
+from pyflannel.control.family_routes import FamilyRoutes, Place
 from pyflannel.control.lease import (
     BACKEND_TYPE,
     BadLease,
@@ -19,6 +19,7 @@ from pyflannel.control.lease import (
     Lease,
     LeaseSubnet,
     parse_lease_untrusted,
+    text_of,
 )
 from pyflannel.dataplane.route import IPAddress, IPNetwork, Route, RouteChange
 
@@ -183,7 +184,7 @@ class LeaseTable:
     def _note_bad(self, key: bytes, why: str) -> None:
         if self._bad.get(key) != why:
             kept = "; the last good value stays in use" if key in self._leases else ""
-            log.warning("skipping %s: %s%s", text_of(key), why, kept)
+            log.warning("skipping %.300s: %s%s", text_of(key), why, kept)
         self._bad[key] = why
 
     def _settle(self) -> tuple[RouteChange, ...]:
@@ -231,7 +232,7 @@ class LeaseTable:
                 continue
             if _is_foreign(lease):
                 kind = lease.attributes.backend_type
-                foreign[key] = f"its BackendType is {kind!r}, not {BACKEND_TYPE!r}"
+                foreign[key] = f"its BackendType is {kind!r:.80}, not {BACKEND_TYPE!r}"
             else:
                 peers.append((key, lease))
         return peers, foreign

@@ -142,7 +142,12 @@ def check_leases(found: LeaseList) -> Iterator[Finding]:
                 "gone",
             )
     for key, why in found.bad.items():
-        yield warning(f"{key} in etcd is not a lease: {why}", f"etcdctl del {shlex.quote(key)}")
+        yield warning(f"{key} in etcd is not a lease: {why}", f"etcdctl del {_word(key)}")
+
+
+def _word(key: str) -> str:
+    """Return a key as one word of a shell, where `text_of` has escaped something too."""
+    return "$'{}'".format(key.replace("'", "\\'")) if "\\" in key else shlex.quote(key)
 
 
 def _parts(leases: Iterable[Lease]) -> Iterator[tuple[Lease, LeasePart]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
 import pytest
@@ -20,6 +21,7 @@ from pyflannel.control.lease import (
     parse_lease_attributes_untrusted,
     parse_lease_untrusted,
     parse_subnet_key_untrusted,
+    text_of,
 )
 from pyflannel.control.lease_writer import OwnIdentity
 from pyflannel.dataplane.route import MacAddress, Vni
@@ -152,3 +154,27 @@ def test_any_mutation_fails_in_one_way(key: bytes, position: int, junk: bytes) -
         except BadLease:
             continue
         assert parse_subnet_key_untrusted(str(lease.subnet)) == lease.subnet
+
+
+@pytest.mark.parametrize(
+    ("octets", "text"),
+    [
+        (b"10.5.1.0-24&fd00::-64", "10.5.1.0-24&fd00::-64"),
+        ("größe".encode(), "größe"),
+        (b"foo\nE1128 forged\r\x1b[31m", r"foo\nE1128 forged\r\x1b[31m"),
+        ("\u202e\x85".encode(), r"\u202e\x85"),
+        (b"\xff\\xff", r"\xff\\xff"),
+    ],
+)
+def test_a_key_is_shown_on_one_line_and_steers_no_terminal(octets: bytes, text: str) -> None:
+    assert text_of(octets) == text
+
+
+@pytest.mark.parametrize("field", ["PublicIP", "PublicIPv6", "VtepMAC"])
+def test_the_reason_for_a_huge_value_is_short(field: str) -> None:
+    vtep = {"VtepMAC": "02:00:00:00:00:01", field: "1" * 1_000_000}
+    value = {"PublicIP": "192.0.2.1", **vtep, "BackendType": "vxlan", "BackendData": vtep}
+    with pytest.raises(BadLease) as caught:
+        parse_lease_attributes_untrusted(json.dumps(value).encode())
+    assert field[:8] in str(caught.value)  # the error of an IPv6 address says PublicIP
+    assert len(str(caught.value)) < 250

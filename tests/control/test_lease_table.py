@@ -159,6 +159,20 @@ def test_a_value_that_turns_bad_keeps_the_route_and_is_said_once(
     assert len(caplog.records) == 1
 
 
+def test_what_is_said_of_a_hostile_key_is_one_short_line(
+    table: LeaseTable, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)
+    table.put(kv("foo\nE1128 00:00:00.000000 1 fake.py:1] forged\x1b[2J", value()))
+    table.put(kv("x" * 100_000, value()))
+    table.put(kv("10.5.9.0-24", value().replace(b"vxlan", b"x" * 100_000)))
+    assert len(caplog.messages) == 3
+    for line in caplog.messages:
+        assert line.isprintable()
+        assert len(line) < 500
+    assert "foo" + r"\nE1128 00:00:00.000000 1 fake.py:1] forged\x1b[2J" in caplog.messages[0]
+
+
 def test_the_older_of_two_overlapping_leases_wins_until_it_goes(table: LeaseTable) -> None:
     table.put(kv("10.5.2.0-25", value("192.0.2.8", 8), 20))
     changes = table.reset(

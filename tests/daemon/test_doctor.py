@@ -20,6 +20,9 @@ from typing import Any
 
 import pytest
 
+from pyflannel.control.lease import text_of
+from pyflannel.control.lease_list import LeaseList
+from pyflannel.doctor_cluster import check_leases
 from tests.lab.hosts import (
     ETCD_PORT,
     PREFIX,
@@ -359,6 +362,15 @@ def test_two_hosts_with_one_public_ip(made: Lab, patient: Host) -> None:
     assert "nonsense; true in etcd is not a lease" in nonsense
     assert found["leases"][1]["remedy"] == f"etcdctl del '{PREFIX}/subnets/nonsense; true'"
     assert "another host uses our address" in _amiss(found)["public-ip"][0]
+
+
+@pytest.mark.parametrize("key", [b"plain", b"two words; $(true)", b"it's\n\x1b[31m\\n", b"\xff"])
+def test_the_remedy_for_a_foreign_key_names_just_that_key(key: bytes) -> None:
+    (finding,) = check_leases(LeaseList((), {text_of(key): "it is none"}))
+    assert finding.remedy.startswith("etcdctl del ")
+    word = finding.remedy.removeprefix("etcdctl del ")
+    said = subprocess.run(["bash", "-c", f"printf %s {word}"], capture_output=True, check=True)
+    assert said.stdout == key
 
 
 def test_a_daemon_that_is_not_ready(made: Lab, patient: Host) -> None:
