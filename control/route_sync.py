@@ -1,8 +1,9 @@
 """Carries etcd's view of all leases through the table to the data plane, and keeps it current.
 
 A snapshot, then a watch from the revision behind it, and a small read every few seconds that shows
-that the watch is not merely silent. Whatever ends the watch, forwarding goes on with the table as
-it is, and the next snapshot repairs it. Source: spec section 6, decisions 17, 18.
+that etcd is there. A watch on which not even etcd's word of progress comes is given up. Whatever
+ends the watch, forwarding goes on with the table as it is, and the next snapshot repairs it.
+Source: spec section 6, decisions 17, 18.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from pyflannel.dataplane.route import RouteChange
 log = logging.getLogger(__name__)
 
 PROBE_SECONDS = 5.0
+WATCH_SILENCE_SECONDS = 1500.0
+"""etcd says every 10 to 11 minutes how far a watch is on which nothing happens."""
 BACK_OFF_SECONDS = 0.1
 BACK_OFF_MAX_SECONDS = 2.0
 REMIND_EVERY = 100
@@ -69,6 +72,7 @@ class RouteSync:
         self._history = History()
         self._is_following = False
         self._confirmed_at: float | None = None
+        self._heard_at = 0.0
         self._changed_at: float | None = None
         self._snapshots = 0
         self._failures = 0
@@ -130,7 +134,7 @@ class RouteSync:
             async for batch in batches:
                 self._failures = 0
                 self._is_following = True
-                self._confirmed_at = time.monotonic()
+                self._confirmed_at = self._heard_at = time.monotonic()
                 changes: list[RouteChange] = []
                 for event in batch.events:
                     self._changed_at = self._confirmed_at
@@ -145,7 +149,11 @@ class RouteSync:
                     await self._sink.apply(changes)
 
     async def _probe(self) -> None:
-        """Ask for one key now and then; returns when the answer is of an older store."""
+        """Ask for one key now and then; returns when the answer is of an older store.
+
+        A watch that is silent for too long ends with its connection, and the one of our own key,
+        which is on the same, too.
+        """
         while True:
             await asyncio.sleep(PROBE_SECONDS)
             asked_at, known = time.monotonic(), self._history.revision
@@ -153,6 +161,12 @@ class RouteSync:
             if reading.revision < known:
                 return
             if self._is_following:
+                silence = asked_at - self._heard_at
+                if silence > WATCH_SILENCE_SECONDS:
+                    why = f"the watch of all leases was silent for {silence / 60:.0f} min"
+                    log.warning("%s: connecting anew", why)
+                    self._etcd.reconnect(why)
+                    return
                 self._confirmed_at = max(asked_at, self._confirmed_at or 0.0)
             changes = self._table.expire(asked_at)
             if changes:

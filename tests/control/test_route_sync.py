@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 
 import pytest
 
 from pyflannel.control import route_sync
-from pyflannel.control.etcd import Etcd
+from pyflannel.control.etcd import Etcd, WatchBatch
 from pyflannel.control.family_routes import Place
 from pyflannel.control.lease import LeaseSubnet
 from pyflannel.control.lease_table import LeaseTable
@@ -183,6 +183,45 @@ async def test_the_probe_keeps_the_view_young_and_shows_when_it_ages(
             await until(lambda: follower.sync.view.is_following)
             assert (follower.sync.view.age_seconds or 9) < 0.5
         await etcd.close()
+
+
+class SilentWatch(Etcd):
+    """A client whose first watch begins and then tells nothing, as behind a proxy that hangs."""
+
+    async def watch(
+        self, key: str, *, prefix: bool, after_revision: int
+    ) -> AsyncGenerator[WatchBatch, None]:
+        watch = super().watch(key, prefix=prefix, after_revision=after_revision)
+        async with contextlib.aclosing(watch) as batches:
+            async for batch in batches:
+                if self.session.moves == 0 and batch.events:
+                    continue
+                yield batch
+
+
+async def test_a_watch_that_is_silent_for_too_long_is_given_up_and_told(
+    cluster: EtcdCluster,
+    prefix: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(route_sync, "PROBE_SECONDS", 0.05)
+    monkeypatch.setattr(route_sync, "WATCH_SILENCE_SECONDS", 0.5)
+    # Two names of one member, so that leaving it is a move.
+    etcd = SilentWatch([*cluster.endpoints, cluster.endpoints[0].replace("127.0.0.1", "localhost")])
+    follower = Follower(etcd, prefix)
+    async with follower.following():
+        await put(etcd, prefix, "10.5.2.0-24", value(2))
+        await asyncio.sleep(0.2)
+        assert follower.subnets == set()
+        await until(lambda: follower.subnets == {"10.5.2.0/24"})
+        assert follower.sync.view.snapshots == 2
+        monkeypatch.setattr(route_sync, "WATCH_SILENCE_SECONDS", 60.0)
+        await until(lambda: follower.sync.view.is_following)
+        await marker(etcd, prefix, follower)
+    await etcd.close()
+    (line,) = [x for x in caplog.messages if "was silent for" in x]
+    assert line == "the watch of all leases was silent for 0 min: connecting anew"
 
 
 @pytest.mark.parametrize("grown", [False, True], ids=["young", "grown-past-us"])
