@@ -61,31 +61,53 @@ class LeaseTable:
                 family.own_public_ip = public_ip
         return self._settle()
 
+    def take(self, events: Iterable[tuple[bytes, KeyValue | None]]) -> tuple[RouteChange, ...]:
+        """Take in events in order, None for a deletion; conflicts are settled once, at the end."""
+        changes: list[RouteChange] = []
+        is_settled = True
+        for key, kv in events:
+            found = self._delete(key, is_settled) if kv is None else self._put(kv, is_settled)
+            if found is None:
+                is_settled = False
+            else:
+                changes += found
+        return tuple(changes) if is_settled else (*changes, *self._settle())
+
     def put(self, kv: KeyValue) -> tuple[RouteChange, ...]:
         """Take in a put event."""
+        return self.take([(kv.key, kv)])
+
+    def delete(self, key: bytes) -> tuple[RouteChange, ...]:
+        """Take in a delete event; an unknown key is fine."""
+        return self.take([(key, None)])
+
+    def _put(self, kv: KeyValue, is_settled: bool) -> tuple[RouteChange, ...] | None:
+        """Store one entry and return what follows; None if only `_settle` can tell."""
         known = kv.key in self._leases
         self._unconfirmed.pop(kv.key, None)
         if not self._store(kv):
             return ()
+        if not is_settled:
+            return None
         lease = self._leases[kv.key]
         if self._is_own(lease) and not known:
             return ()
         if self._is_own(lease) or _is_foreign(lease) or self._is_disputed(kv.key, lease):
-            return self._settle()
+            return None
         if not all(x.accept(kv.key, lease, known=known) for x in self._families):
-            return self._settle()
+            return None
         return tuple(change for x in self._families for change in x.update(kv.key, lease))
 
-    def delete(self, key: bytes) -> tuple[RouteChange, ...]:
-        """Take in a delete event; an unknown key is fine."""
+    def _delete(self, key: bytes, is_settled: bool) -> tuple[RouteChange, ...] | None:
+        """Forget one entry and return what follows; None if only `_settle` can tell."""
         self._bad.pop(key, None)
         lease = self._leases.get(key)
         if lease is None:
             return ()
-        is_disputed = self._is_disputed(key, lease)
+        is_disputed = is_settled and self._is_disputed(key, lease)
         self._forget(key)
-        if is_disputed or self._is_own(lease):
-            return self._settle()
+        if not is_settled or is_disputed or self._is_own(lease):
+            return None
         return tuple(change for x in self._families for change in x.remove(lease))
 
     def load(self, kvs: Iterable[KeyValue]) -> Iterator[tuple[RouteChange, ...]]:

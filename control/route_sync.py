@@ -17,10 +17,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from pyflannel.control.etcd import Compacted, Etcd, Put
+from pyflannel.control.etcd import Compacted, Deleted, Etcd, Put
 from pyflannel.control.etcd_fault import EtcdRejected, EtcdUnavailable
 from pyflannel.control.history import History
-from pyflannel.control.lease import config_key, subnets_prefix
+from pyflannel.control.lease import KeyValue, config_key, subnets_prefix
 from pyflannel.control.lease_list import SnapshotReader, snapshot_reader
 from pyflannel.control.lease_table import LeaseTable
 from pyflannel.dataplane.route import RouteChange
@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 PROBE_SECONDS = 5.0
 WATCH_SILENCE_SECONDS = 1500.0
 """etcd says every 10 to 11 minutes how far a watch is on which nothing happens."""
+PART_EVENTS = 500
 BACK_OFF_SECONDS = 0.1
 BACK_OFF_MAX_SECONDS = 2.0
 REMIND_EVERY = 100
@@ -135,18 +136,25 @@ class RouteSync:
                 self._failures = 0
                 self._is_following = True
                 self._confirmed_at = self._heard_at = time.monotonic()
-                changes: list[RouteChange] = []
-                for event in batch.events:
+                if batch.events:
                     self._changed_at = self._confirmed_at
-                    if isinstance(event, Put):
-                        self._history.put(event.kv)
-                        changes += self._table.put(event.kv)
-                    else:
-                        self._history.deleted(event.key)
-                        changes += self._table.delete(event.key)
+                for start in range(0, len(batch.events), PART_EVENTS):
+                    await self._take(batch.events[start : start + PART_EVENTS])
+                    await asyncio.sleep(0)  # so that much at once does not stop all else
                 self._history.advance(batch.revision)
-                if changes:
-                    await self._sink.apply(changes)
+
+    async def _take(self, events: Iterable[Put | Deleted]) -> None:
+        taken: list[tuple[bytes, KeyValue | None]] = []
+        for event in events:
+            if isinstance(event, Put):
+                self._history.put(event.kv)
+                taken.append((event.kv.key, event.kv))
+            else:
+                self._history.deleted(event.key)
+                taken.append((event.key, None))
+        changes = self._table.take(taken)
+        if changes:
+            await self._sink.apply(changes)
 
     async def _probe(self) -> None:
         """Ask for one key now and then; returns when the answer is of an older store.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -13,7 +14,7 @@ from pyflannel.control import lease_table
 from pyflannel.control.family_routes import FamilyRoutes, Place
 from pyflannel.control.lease import KeyValue, LeaseAttributes, LeaseSubnet, Vtep
 from pyflannel.control.lease_table import LeaseTable
-from pyflannel.dataplane.route import Delete, MacAddress, Replace, Route
+from pyflannel.dataplane.route import Delete, MacAddress, Replace, Route, RouteChange
 
 OWN_IP = IPv4Address("192.0.2.1")
 OWN_SUBNET = LeaseSubnet(IPv4Network("10.5.1.0/24"))
@@ -355,22 +356,50 @@ def test_a_first_snapshot_in_parts_takes_no_route_back_and_ends_as_a_whole_one(
         assert table.quarantined() == whole.quarantined()
 
 
-@given(events=st.lists(st.tuples(_KEYS, _VALUES, st.booleans()), max_size=30))
+def test_conflicts_that_come_at_once_are_settled_once(
+    table: LeaseTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Among 10,000 leases, 170 at once would stop us for longer than the watchdog waits."""
+    table.reset([kv(f"10.5.{x}.0-24", value(f"192.0.2.{x}", x), x) for x in range(2, 100)])
+    before, settled, settle = table.routes(), 0, FamilyRoutes.settle
+
+    def count(*arguments: Any) -> tuple[RouteChange, ...]:
+        nonlocal settled
+        settled += 1
+        return settle(*arguments)
+
+    monkeypatch.setattr(FamilyRoutes, "settle", count)
+    rivals = [kv(f"10.5.{x}.0-25", value("192.0.2.200", 200), 200) for x in range(2, 100)]
+    assert table.take([(x.key, x) for x in rivals]) == ()
+    assert table.routes() == before
+    assert len(table.quarantined()) == 98
+    assert table.take([(x.key, None) for x in rivals]) == ()
+    assert table.quarantined() == {}
+    assert settled == 2
+
+
+@given(
+    events=st.lists(st.tuples(_KEYS, _VALUES, st.booleans()), max_size=30),
+    at_once=st.integers(1, 10),
+)
 @settings(deadline=None)
-def test_events_lead_where_a_snapshot_would(events: list[tuple[str, bytes, bool]]) -> None:
+def test_events_lead_where_a_snapshot_would(
+    events: list[tuple[str, bytes, bool]], at_once: int
+) -> None:
     """The changes of any history, applied in order, give the routes; and a fresh table agrees."""
     table = dual_table()
     store: dict[str, KeyValue] = {}
     programmed: dict[object, Route] = {}
+    happened: list[tuple[bytes, KeyValue | None]] = []
     for revision, (key, octets, deleted) in enumerate(events, 1):
         if deleted:
             store.pop(key, None)
-            changes = table.delete(SUBNETS + key.encode())
         else:
             created = store[key].create_revision if key in store else revision
             store[key] = kv(key, octets, revision, created)
-            changes = table.put(store[key])
-        for change in changes:
+        happened.append((SUBNETS + key.encode(), store.get(key)))
+    for start in range(0, len(happened), at_once):
+        for change in table.take(happened[start : start + at_once]):
             if isinstance(change, Replace):
                 programmed[change.route.subnet] = change.route
             else:
