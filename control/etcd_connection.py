@@ -27,6 +27,8 @@ CONNECT_SECONDS = 2.0
 REQUEST_SECONDS = 3.0
 PATIENCE_MAX_SECONDS = 10.0
 """An etcd that is slow, though connected, gets more time with each request that ran out of it."""
+CLOCK_SECONDS = 1.0
+"""By more than this the clock jumps when it is set; NTP turns what is less in small steps."""
 
 _CHANNEL_OPTIONS = [
     ("grpc.keepalive_time_ms", 10_000),
@@ -164,6 +166,11 @@ class Stream:
         return EtcdRejected(f"{self._connection.endpoint}: {why}")
 
 
+def _clock_setting() -> float:
+    """Return what changes when the wall clock is set, in seconds."""
+    return time.time() - time.monotonic()
+
+
 class Connections:
     """Keeps one connection to one of the endpoints."""
 
@@ -179,6 +186,8 @@ class Connections:
         self._tls = tls
         self._files = tls.signature()
         """The certificate files as they were when they were last read."""
+        self._clock = _clock_setting()
+        """The wall clock's setting at that time; it decides whether a certificate is valid."""
         self._username = username
         self._password = password
         self._session = session
@@ -313,7 +322,7 @@ class Connections:
         scheme, _, target = endpoint.partition("://")
         if scheme == "http":
             return grpc.aio.insecure_channel(target, _CHANNEL_OPTIONS)
-        self._files = self._tls.signature()
+        self._files, self._clock = self._tls.signature(), _clock_setting()
         try:
             credentials = self._tls.credentials()
         except BadCertificates as error:
@@ -327,9 +336,12 @@ class Connections:
         return fault, f"{connection.endpoint}: {clause}"
 
     async def _back_off(self) -> None:
-        """Wait until the session allows another attempt, or the certificates have changed."""
+        """Wait until the session allows another attempt, or certificates or clock have changed."""
         while (delay := self._session.retry_at - time.monotonic()) > 0:
             if self._session.is_refused and self._tls.signature() != self._files:
                 log.info("a certificate file has changed: trying etcd again")
+                return
+            if self._session.is_refused and abs(_clock_setting() - self._clock) > CLOCK_SECONDS:
+                log.info("the clock was set: trying etcd again")
                 return
             await asyncio.sleep(min(delay, 1.0))

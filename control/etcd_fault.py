@@ -39,6 +39,8 @@ _REQUEST_ERRORS = {
 }
 _CERTIFICATE = "it wants a client certificate that it trusts; see --etcd-certfile, --etcd-keyfile"
 _CREDENTIAL_ERRORS = {
+    "is not yet valid": "its certificate is not valid yet, if this host's clock is right",
+    "certificate has expired": "its certificate has expired, if this host's clock is right",
     "certificate_verify_failed": "its certificate is not signed by our CA (--etcd-cafile)",
     "hostname verification": "its certificate is for another name or address than the endpoint's",
     "not in peer certificate": "its certificate is for another name or address than the endpoint's",

@@ -114,7 +114,8 @@ async def examine(command: Command) -> Report:
     if reading is not None:
         config, findings = cluster.check_config(reading, config_key(options.etcd_prefix))
         report.add("configuration", findings)
-        report.add("clock", await cluster.check_clock(options))
+    # A wrong clock may be why etcd cannot be asked.
+    report.add("clock", await cluster.check_clock(options))
     _check_host(report, config, None if daemon is None else daemon["pid"])
     devices = _devices(config)
     async with Netlink() as netlink:

@@ -81,8 +81,13 @@ def check_config(reading: Reading, key: str) -> tuple[NetworkConfig | None, list
 async def check_clock(options: Options) -> list[Finding]:
     """Compare the clocks: a wrong one makes certificates invalid and the times in logs useless."""
     loop = asyncio.get_running_loop()
-    for endpoint in options.etcd_endpoints:
-        ahead = await loop.run_in_executor(None, _seconds_ahead, endpoint, options)
+    readings = await asyncio.gather(
+        *(
+            loop.run_in_executor(None, _seconds_ahead, endpoint, options)
+            for endpoint in options.etcd_endpoints
+        )
+    )
+    for endpoint, ahead in zip(options.etcd_endpoints, readings):
         if ahead is None:
             continue
         if abs(ahead) > CLOCK_SECONDS:

@@ -11,11 +11,13 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
 import trustme
 
+from pyflannel.control import etcd_connection
 from pyflannel.control.etcd import Etcd
 from pyflannel.control.etcd_fault import EtcdRejected, EtcdUnavailable
 from pyflannel.control.etcd_session import SessionState
@@ -65,6 +67,9 @@ def pki(tmp_path_factory: pytest.TempPathFactory) -> Pki:
     ours.cert_pem.write_to_path(made / "ca.crt")
     theirs.cert_pem.write_to_path(made / "other-ca.crt")
     save(made.folder, "server", ours.issue_cert("127.0.0.1"))
+    past, future = (datetime.now(timezone.utc) + timedelta(days=days) for days in (-1, 1))
+    save(made.folder, "expired", ours.issue_cert("127.0.0.1", not_after=past))
+    save(made.folder, "early", ours.issue_cert("127.0.0.1", not_before=future))
     save(made.folder, "misnamed", ours.issue_cert("etcd.example.org"))
     save(made.folder, "client", ours.issue_cert("client.example.org"))
     save(made.folder, "stranger", theirs.issue_cert("client.example.org"))
@@ -152,6 +157,28 @@ async def test_a_wrong_certificate_is_one_sentence(
     with etcd_on_loopback(tmp_path, tls=pki.server_flags("misnamed"), ctl=pki.ctl) as cluster:
         sentence = await refusal(Etcd(cluster.endpoints, EtcdTls(pki / "ca.crt")))
         assert "for another name or address" in sentence
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("expired", "has expired"), ("early", "is not valid yet")]
+)
+async def test_a_certificate_of_another_time_is_not_called_anothers(
+    pki: Pki, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, said: str
+) -> None:
+    """A host without a clock of its own starts in 1970, until NTP sets it."""
+    setting = 0.0
+    monkeypatch.setattr(etcd_connection, "_clock_setting", lambda: setting)
+    with etcd_on_loopback(tmp_path, tls=pki.server_flags(name), ctl=pki.ctl) as cluster:
+        etcd = Etcd(cluster.endpoints, EtcdTls(pki / "ca.crt"))
+        assert await refusal(etcd) == (
+            f"{cluster.endpoints[0]}: its certificate {said}, if this host's clock is right"
+        )
+        asked = etcd.session.failures
+        setting = 3600.0
+        with pytest.raises(EtcdUnavailable):
+            await asyncio.wait_for(etcd.get("x"), 5)
+        assert etcd.session.failures > asked
+        await etcd.close()
 
 
 def test_grpc_adds_no_noise_of_its_own(server: EtcdCluster, pki: Pki) -> None:

@@ -19,16 +19,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 
 from pyflannel.control.lease import text_of
 from pyflannel.control.lease_list import LeaseList
 from pyflannel.doctor_cluster import check_leases
 from tests.lab.hosts import (
     ETCD_PORT,
+    LONE_MEMBER,
     PREFIX,
     SWITCH_ADDRESS,
     Host,
     Lab,
+    etcd_serves,
     lab,
     narrowed,
     wait_until,
@@ -332,6 +335,36 @@ def test_clock(patient: Host) -> None:
     assert list(_amiss(found)) == ["clock"]
     (sentence,) = _amiss(found)["clock"]
     assert re.fullmatch(rf"this host's clock is (59|60|61) s behind that of {ETCD}", sentence)
+
+
+def test_clock_by_which_etcds_certificate_is_not_valid(patient: Host, tmp_path: Path) -> None:
+    """A host without a clock of its own, before NTP has set it."""
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(tmp_path / "ca.crt")
+    leaf = authority.issue_cert("127.0.0.1")
+    leaf.cert_chain_pems[0].write_to_path(tmp_path / "crt")
+    leaf.private_key_pem.write_to_path(tmp_path / "key")
+    url, peer, log = "https://127.0.0.1:2379", "http://127.0.0.1:2380", tmp_path / "log"
+    # fmt: off
+    with etcd_serves(log):
+        patient.start(
+            "etcd", "--name", "own", "--data-dir", str(tmp_path / "etcd"),
+            "--cert-file", str(tmp_path / "crt"), "--key-file", str(tmp_path / "key"),
+            "--listen-client-urls", url, "--advertise-client-urls", url,
+            "--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer,
+            "--initial-cluster", f"own={peer}", *LONE_MEMBER, log=log,
+        )
+    # fmt: on
+    code, found = _doctor(
+        patient,
+        *("--etcd-cafile", str(tmp_path / "ca.crt")),
+        endpoints=url,
+        wrapper=("faketime", "1970-01-02 00:00:00"),
+    )
+    assert code == 2
+    assert list(_amiss(found)) == ["etcd", "clock"]
+    assert "is not valid yet" in _amiss(found)["etcd"][0]
+    assert f"behind that of {url}" in _amiss(found)["clock"][0]
 
 
 def test_interface(patient: Host) -> None:
