@@ -169,7 +169,7 @@ def check_forwarding(versions: Collection[int]) -> Iterator[Finding]:
 
 def check_ipv6() -> Iterator[Finding]:
     """The kernel must have IPv6, and it must be switched on for the devices to come."""
-    if not (SYSCTL / "ipv6/conf").exists():
+    if SYSCTL.exists() and not (SYSCTL / "ipv6/conf").exists():
         yield failure(
             "this kernel has no IPv6, and the network is dual stack",
             "boot it without ipv6.disable=1, or set EnableIPv6 to false",
@@ -188,7 +188,7 @@ def check_rp_filter(device: str, interface: str | None) -> Iterator[Finding]:
     """Strict reverse path filtering drops what comes back by another way; IPv6 has none."""
     for name in filter(None, (device, interface)):
         paths = ("ipv4/conf/all/rp_filter", f"ipv4/conf/{name}/rp_filter")
-        if max(_setting(path) for path in paths) == 1:
+        if max(_setting(path) or 0 for path in paths) == 1:
             yield warning(
                 f"rp_filter is 1 (strict) on {name}: packets whose way back is another interface "
                 "are dropped, as with DirectRouting or several uplinks",
@@ -220,9 +220,9 @@ def _key(path: str) -> str:
     return "net." + path.translate(str.maketrans("./", "/."))
 
 
-def _setting(name: str) -> int:
-    """Return a kernel setting, 0 where there is none."""
+def _setting(name: str) -> int | None:
+    """Return a kernel setting, None where there is none or /proc does not show it."""
     try:
         return int((SYSCTL / name).read_text())
     except (OSError, ValueError):
-        return 0
+        return None

@@ -314,7 +314,7 @@ class Overlay:
         self._forwarder = Forwarder(self.context, Workers(self._options.workers), on_ended)
         self._stack.callback(self._forwarder.close)
         setting = _FORWARDING[self.version]
-        if Path("/proc/sys", *setting.split(".")).read_text().strip() == "0":
+        if _read_setting(setting) == "0":
             log.warning(
                 "this host forwards no IPv%d packets, so only itself is reached, not its "
                 "containers: sysctl -w %s=1",
@@ -410,6 +410,14 @@ class Overlay:
     def keep_device(self) -> None:
         """Leave the device behind at exit from now on, as the start has succeeded."""
         self._undo.pop_all()
+
+
+def _read_setting(key: str) -> str:
+    """Return a kernel setting, "" where /proc hides it, as with systemd's ProcSubset=pid."""
+    try:
+        return Path("/proc/sys", *key.split(".")).read_text().strip()
+    except OSError:
+        return ""
 
 
 def _subnet(change: RouteChange) -> IPNetwork:

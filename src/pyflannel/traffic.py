@@ -42,7 +42,12 @@ Pair = tuple[IPNetwork, IPNetwork]
 
 
 def bridge_warning(pairs: Sequence[Pair], bridge: Path = BRIDGE) -> str | None:
-    """Return the sentence about a missing br_netfilter, where flannel would not start at all."""
+    """Return the sentence about a missing br_netfilter, where flannel would not start at all.
+
+    None also where the kernel's settings are not to be seen.
+    """
+    if not bridge.parent.exists():
+        return None
     missing = [
         bridge / BRIDGE_FILES[network.version]
         for network, _ in pairs
