@@ -66,7 +66,13 @@ def write_atomically(path: Path, content: bytes, mode: int) -> None:
 
 def write_subnet_file(path: Path, content: SubnetFile) -> None:
     """Write subnet.env with mode 0644 whatever the umask."""
-    write_atomically(path, content.render().encode(), 0o644)
+    text = content.render().encode()
+    try:
+        write_atomically(path, text, 0o644)
+    except OSError:
+        # On a disk that is full or has become read-only it may stand there already.
+        if not path.is_file() or path.read_bytes() != text:
+            raise
 
 
 def variables_untrusted(text: str) -> dict[str, str]:

@@ -116,7 +116,7 @@ async def examine(command: Command) -> Report:
         report.add("configuration", findings)
     # A wrong clock may be why etcd cannot be asked.
     report.add("clock", await cluster.check_clock(options))
-    _check_host(report, config, None if daemon is None else daemon["pid"])
+    _check_host(report, options, config, None if daemon is None else daemon["pid"])
     devices = _devices(config)
     async with Netlink() as netlink:
         links = await netlink.links()
@@ -150,14 +150,24 @@ def _devices(config: NetworkConfig | None) -> dict[int, str]:
     return {version: device_name(version, config.backend.vni) for version in versions}
 
 
+def _files(options: Options, devices: Mapping[int, str]) -> dict[str, Path]:
+    return {
+        "--state-dir": options.state_dir / f"{devices[4]}.json",
+        "--subnet-file": options.subnet_file,
+    }
+
+
 def _port(config: NetworkConfig | None) -> int:
     return config.backend.port if config else DEFAULT_PORT
 
 
-def _check_host(report: Report, config: NetworkConfig | None, daemon: int | None) -> None:
+def _check_host(
+    report: Report, options: Options, config: NetworkConfig | None, daemon: int | None
+) -> None:
     devices, port = _devices(config), _port(config)
     networks = [subnets.network for subnets in config.ranges] if config else [ANY_NETWORK]
     nftables = config is not None and config.enable_nftables
+    report.add("files", host.check_files(_files(options, devices)))
     report.add("port", host.check_port(port, daemon))
     report.add("receive-buffer", host.check_receive_buffer())
     report.add(

@@ -82,6 +82,23 @@ def _warned(sentence: str | None) -> Iterator[Finding]:
         yield warning(said, remedy)
 
 
+def check_files(files: Mapping[str, Path]) -> Iterator[Finding]:
+    """What the daemon keeps must find its place; `files` are by the flag that names another."""
+    for flag, path in files.items():
+        folder = next(x for x in path.parents if os.path.exists(x))
+        disk = os.statvfs(folder)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            why = "may not be written to"
+        elif disk.f_blocks and not disk.f_bavail:
+            why = "is on a disk that is full"
+        else:
+            continue
+        found = f"{folder} {why}, so {path} cannot be written"
+        # What stands there is used, until it has to be changed.
+        say = warning if os.path.exists(path) else failure
+        yield say(found, f"make room or mend the mount, or choose another place with {flag}")
+
+
 def check_port(port: int, daemon: int | None) -> Iterator[Finding]:
     """Nobody but the running daemon, whose pid is given, may hold the UDP port."""
     inodes = udp_inodes(port)

@@ -42,7 +42,9 @@ async def own_vtep_mac(
         lease_mac = _mac_of(own, overlay.version)
     mac, origin = pick_vtep_mac(stored, kernel_mac, lease_mac, os.urandom)
     try:
-        save_vtep_mac(path, machine_id, mac)
+        # A disk that is full or has become read-only keeps nobody from what stands there.
+        if mac != stored:
+            save_vtep_mac(path, machine_id, mac)
     except OSError as error:
         raise Refusal(
             f"{path}: cannot keep the VTEP MAC ({error.strerror}); "

@@ -81,3 +81,41 @@ def test_settings_that_are_hidden_are_not_missed(made: Lab, host: Host) -> None:
     text = host.log.read_text()
     assert "forwards no" not in text
     assert "br_netfilter" not in text
+
+
+def test_what_stands_on_a_full_disk_is_used(made: Lab, host: Host) -> None:
+    first = made.start_daemon(host)
+    saved = host.folder / "saved"
+    saved.mkdir()
+    for file in (host.folder / "state" / "flannel.1.json", host.subnet_file):
+        shutil.copy2(file, saved)
+    before = made.leases()
+    host.stop(first)
+    state = host.folder / "state"
+    full = f"mount -t tmpfs -o size=8k none {state}\ncp {saved}/* {state}\n! echo x >{state}/more"
+    flags = ("--subnet-file", str(state / "subnet.env"))
+    made.start_daemon(host, *flags, wrapper=_after(full))
+    assert made.leases() == before
+
+
+def test_a_full_disk_without_what_is_needed(made: Lab, host: Host) -> None:
+    state = host.folder / "state"
+    state.mkdir()
+    full = _after(f"mount -t tmpfs -o size=4k none {state}\necho x >{state}/x")
+    assert _doctor(host, full) == {
+        "files": [f"{state} is on a disk that is full, so {state}/flannel.1.json cannot be written"]
+    }
+    index = made.start_daemon(host, wait=False, wrapper=full)
+    assert host.processes[index].wait(20) == 1
+    assert "cannot keep the VTEP MAC (No space left on device)" in host.log.read_text()
+
+
+def test_read_only_file_system(host: Host) -> None:
+    state = host.folder / "state"
+    state.mkdir()
+    found = _doctor(
+        host, _after(f"mount -o bind {state} {state}\nmount -o remount,bind,ro {state}")
+    )
+    assert found["files"] == [
+        f"{state} may not be written to, so {state}/flannel.1.json cannot be written"
+    ]
