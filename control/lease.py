@@ -260,12 +260,12 @@ def parse_lease_attributes_untrusted(value: bytes) -> LeaseAttributes:
     )
 
 
-def may_be_of(kv: KeyValue, public_ip: IPAddress) -> bool:
-    """Whether an entry can be a host's, told without the cost of reading it.
+def may_be_of(kv: KeyValue, told: IPAddress | MacAddress) -> bool:
+    """Whether an entry can tell a public IP or VTEP MAC, without the cost of reading it.
 
-    JSON could spell an address in other ways, but no node of flannel's or ours does.
+    JSON could spell them in other ways, but no node of flannel's or ours does.
     """
-    return str(public_ip).encode() in kv.value
+    return str(told).encode() in kv.value
 
 
 def parse_lease_untrusted(kv: KeyValue) -> Lease:

@@ -16,7 +16,7 @@ from pyflannel.control.lease import (
     subnets_prefix,
     text_of,
 )
-from pyflannel.dataplane.route import IPAddress
+from pyflannel.dataplane.route import IPAddress, MacAddress
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +61,25 @@ class RecentSnapshot:
 
 async def read_leases_of(read: SnapshotReader, public_ip: IPAddress) -> tuple[Lease, ...]:
     """List the leases of one host; EtcdUnavailable."""
-    snapshot = await read()
+    leases = _that_may_be_of(await read(), public_ip)
+    return tuple(x for x in leases if x.attributes.public_ip == public_ip)
+
+
+async def read_leases_with(
+    read: SnapshotReader, mac: MacAddress, version: int
+) -> tuple[Lease, ...]:
+    """List the leases whose VTEP of an address family has this MAC; EtcdUnavailable."""
+    parts = [(x, x.part(version)) for x in _that_may_be_of(await read(), mac)]
+    return tuple(lease for lease, part in parts if part and part.vtep and part.vtep.mac == mac)
+
+
+def _that_may_be_of(snapshot: Snapshot, told: IPAddress | MacAddress) -> list[Lease]:
     leases: list[Lease] = []
     for kv in snapshot.kvs:
-        if may_be_of(kv, public_ip):
+        if may_be_of(kv, told):
             with contextlib.suppress(BadLease):
                 leases.append(parse_lease_untrusted(kv))
-    return tuple(x for x in leases if x.attributes.public_ip == public_ip)
+    return leases
 
 
 async def read_leases(etcd: Etcd, prefix: str) -> LeaseList:

@@ -24,6 +24,7 @@ from pyflannel.command_line import Command, parse_command
 from pyflannel.control.lease import config_key
 from pyflannel.control.lease_list import LeaseList, read_leases
 from pyflannel.control.network_config import NetworkConfig
+from pyflannel.control.vtep_identity import read_machine_id
 from pyflannel.control_socket import NoAnswer, ask, find_socket
 from pyflannel.dataplane.netlink import Netlink
 from pyflannel.dataplane.refusal import Refusal
@@ -34,7 +35,6 @@ from pyflannel.options import Options
 from pyflannel.underlying import OVERHEAD_BYTES, Underlying, choose_underlay, device_name
 
 ANY_NETWORK = IPv4Network("0.0.0.0/0")
-MACHINE_ID = Path("/etc/machine-id")
 
 
 @dataclass(slots=True)
@@ -192,7 +192,7 @@ async def _check_peers(
     leases: LeaseList,
     is_running: bool,
 ) -> None:
-    machine_id = MACHINE_ID.read_text().strip() if MACHINE_ID.exists() else ""
+    machine_id = read_machine_id()
     ours = [each.public_ip for each in underlying]
     report.add(
         "public-ip",

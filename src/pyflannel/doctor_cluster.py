@@ -25,7 +25,7 @@ from pyflannel.control.network_config import (
 )
 from pyflannel.control.vtep_identity import load_vtep_mac
 from pyflannel.dataplane.refusal import Refusal
-from pyflannel.dataplane.route import IPAddress
+from pyflannel.dataplane.route import IPAddress, MacAddress
 from pyflannel.echo import echo
 from pyflannel.etcd_access import ask_etcd
 from pyflannel.finding import Finding, failure, warning
@@ -133,11 +133,14 @@ def _tls(options: Options) -> ssl.SSLContext:
 
 
 def check_leases(found: LeaseList) -> Iterator[Finding]:
-    """No two leases may have one public IP of a family, and every key must be a lease."""
+    """No two leases may have one public IP or VTEP MAC, and every key must be a lease."""
     by_address: dict[IPAddress, list[LeasePart]] = {}
+    by_mac: dict[tuple[int, MacAddress], list[LeasePart]] = {}
     for _, part in _parts(found.leases):
         if part.public_ip is not None:
             by_address.setdefault(part.public_ip, []).append(part)
+        if part.vtep is not None:
+            by_mac.setdefault((part.subnet.version, part.vtep.mac), []).append(part)
     for address, parts in by_address.items():
         if len(parts) > 1:
             subnets = ", ".join(str(part.subnet) for part in parts)
@@ -145,6 +148,15 @@ def check_leases(found: LeaseList) -> Iterator[Finding]:
                 f"the leases {subnets} have one public IP, {address}",
                 f"give each host its own {_flag(address)}, and delete the key of a host that is "
                 "gone",
+            )
+    for (_, mac), parts in by_mac.items():
+        # What one host has left of itself is told above.
+        if len({part.public_ip for part in parts}) > 1:
+            told = ", ".join(f"{part.subnet} at {part.public_ip}" for part in parts)
+            yield failure(
+                f"the leases {told} have one VTEP MAC, {mac}, so only one of them is reached",
+                "restart pyflannel-udp on all of them but one, which gives each a MAC of its own; "
+                "delete the key of a host that is gone",
             )
     for key, why in found.bad.items():
         yield warning(f"{key} in etcd is not a lease: {why}", f"etcdctl del {_word(key)}")

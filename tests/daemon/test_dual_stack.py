@@ -320,7 +320,9 @@ def test_doctor_finds_what_is_amiss_with_ipv6(made: Lab) -> None:
         ],
         "leases": [
             f"the leases {KERNEL_V6[0]}, 2001:db8:42:fa::/64 have one public IP, "
-            f"{kernel.address_v6}"
+            f"{kernel.address_v6}",
+            f"the leases 10.244.200.0/24 at {kernel.address}, 10.244.250.0/24 at "
+            f"{SWITCH_ADDRESS} have one VTEP MAC, {KERNEL_MAC}, so only one of them is reached",
         ],
         "public-ip": [
             f"the lease {own_v6} has our public IP {host.address_v6} and the VTEP MAC {own_mac}, "

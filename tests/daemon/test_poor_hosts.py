@@ -11,10 +11,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from ipaddress import IPv4Address, ip_interface
+from pathlib import Path
 
 import pytest
 
-from tests.lab.hosts import ETCD_PORT, PREFIX, SWITCH_ADDRESS, Host, Lab, lab
+from tests.lab.hosts import ETCD_PORT, PREFIX, SWITCH_ADDRESS, Host, Lab, lab, ping, wait_until
 from tests.lab.require import require_program, require_root
 
 MAC = "0a:00:00:00:00:77"
@@ -119,3 +120,48 @@ def test_read_only_file_system(host: Host) -> None:
     assert found["files"] == [
         f"{state} may not be written to, so {state}/flannel.1.json cannot be written"
     ]
+
+
+@pytest.mark.parametrize("has_id", [True, False])
+def test_a_copy_of_a_disk_gets_a_mac_of_its_own(made: Lab, host: Host, has_id: bool) -> None:
+    """Copied are the machine-id, or that there is none, and the state of the first host."""
+    told = made.folder / "machine-id"
+    told.write_text("c0ffee\n" if has_id else "")
+    wrapper = _after(f"mount --bind {told} /etc/machine-id")
+    for each in made.hosts:
+        (each.folder / "state").mkdir()
+        kept = {"machine_id": told.read_text().strip(), "vtep_mac": MAC}
+        (each.folder / "state" / "flannel.1.json").write_text(json.dumps(kept))
+    other = made.hosts[1]
+    for each in made.hosts:
+        made.start_daemon(each, wrapper=wrapper)
+    assert f"VTEP MAC of flannel.1: {MAC} (kept" in host.log.read_text()
+    assert f"VTEP MAC {MAC}, kept from the last start, is that of lease" in other.log.read_text()
+    wait_until(lambda: ping(host, _base(other)), "the copy is reached")
+    changed = json.loads((other.folder / "state" / "flannel.1.json").read_text())["vtep_mac"]
+    assert changed != MAC
+    # It is the copy's for good.
+    other.stop(0)
+    made.start_daemon(other, wrapper=wrapper)
+    assert f"VTEP MAC of flannel.1: {changed} (kept" in other.log.read_text()
+
+
+def test_two_leases_of_one_mac_are_told(made: Lab, host: Host) -> None:
+    for number in (1, 2):
+        value = {
+            "PublicIP": f"192.0.2.{number}",
+            "BackendType": "vxlan",
+            "BackendData": {"VNI": 1, "VtepMAC": MAC},
+        }
+        made.etcdctl("put", f"{PREFIX}/subnets/10.244.{number}.0-24", json.dumps(value))
+    assert _doctor(host, ())["leases"] == [
+        "the leases 10.244.1.0/24 at 192.0.2.1, 10.244.2.0/24 at 192.0.2.2 have one VTEP MAC, "
+        f"{MAC}, so only one of them is reached"
+    ]
+
+
+def test_a_folder_in_the_place_of_the_machine_id(made: Lab, host: Host, tmp_path: Path) -> None:
+    """So Docker mounts a file that the host does not have."""
+    hide = f"mount -t tmpfs none {tmp_path}\ncp -a /etc {tmp_path}\nrm -f {tmp_path}/etc/machine-id"
+    put = f"mkdir {tmp_path}/etc/machine-id\nmount --bind {tmp_path}/etc /etc"
+    made.start_daemon(host, wrapper=_after(f"{hide}\n{put}"))
