@@ -13,6 +13,7 @@ import logging
 import math
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 
 from pyflannel.control.lease_keeper import Readiness
 from pyflannel.control.lease_table import LeaseTable
@@ -68,6 +69,8 @@ class HostWatch:
         self._reason = HOST if overlay.version == 4 else HOST_V6
         self._told_mtu = overlay.underlying.mtu
         self._told_public_ip = overlay.underlying.public_ip
+        # Another than the one in use from when the interface is back until it has an address.
+        self._interface_index = overlay.in_use.interface_index
         self._ended_at = -math.inf
         self._concern = Concern.NOTHING
         self._changed = asyncio.Event()
@@ -89,7 +92,8 @@ class HostWatch:
     def _on_event(self, event: HostEvent) -> None:
         if isinstance(event, Overrun):
             log.info("more changed on this host than the kernel could tell: looking at everything")
-        self._note(concern(event, self._overlay.in_use, self._table.has_route))
+        used = replace(self._overlay.in_use, interface_index=self._interface_index)
+        self._note(concern(event, used, self._table.has_route))
 
     async def run(self) -> None:
         """Repair for ever."""
@@ -119,6 +123,7 @@ class HostWatch:
             used = overlay.in_use
             interfaces = {x.name: x for x in await self._netlink.interfaces()}
             found = diagnose(used, interfaces.get(used.device), interfaces.get(used.interface))
+            self._interface_index = found.index
             if await self._mend(found):
                 now |= Concern.ROUTES
             if found.trouble:
