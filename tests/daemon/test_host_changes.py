@@ -131,20 +131,23 @@ def _end_packet_threads(host: Host) -> None:
     process = os.pidfd_open(pid)
     wait_set = libc.syscall(PIDFD_GETFD, process, _wait_set_of_the_packet_thread(pid), 0)
     assert wait_set >= 0, os.strerror(ctypes.get_errno())
+    ended = "forwarding on flannel.1 has ended"
+    before = host.log.read_text().count(ended)
     # struct epoll_event: the events, padding on some machines, and the key, 0.
     event = (ctypes.c_uint32 * 4)(select.EPOLLIN)
     assert libc.epoll_ctl(wait_set, EPOLL_CTL_ADD, writer, event) == 0
-    host.wait_for_log("forwarding on flannel.1 has ended")
+    host.wait_for_log(ended, before + 1)
     for fd in (wait_set, process, writer):
         os.close(fd)
 
 
 def test_forwarding_goes_on_after_the_packet_threads_have_ended(nodes: Lab) -> None:
     host = nodes.hosts[0]
-    before = _state(host)
+    before, again = _state(host), "forwarding again on flannel.1"
+    times = host.log.read_text().count(again)
     _end_packet_threads(host)
     wait_until(lambda: _reaches(nodes), "a ping", LIMIT_SECONDS)
-    host.wait_for_log("forwarding again on flannel.1")
+    host.wait_for_log(again, times + 1)
     assert _state(host) == before and host.processes[0].poll() is None
 
 
