@@ -332,7 +332,8 @@ class Connections:
     def _diagnose(self, connection: Connection, error: grpc.aio.AioRpcError) -> tuple[Fault, str]:
         if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
             self._patience = min(self._patience * 2, PATIENCE_MAX_SECONDS)
-        fault, clause = diagnose(error.code().name, error.details() or "")
+        scheme = connection.endpoint.partition("://")[0]
+        fault, clause = diagnose(error.code().name, error.details() or "", scheme)
         return fault, f"{connection.endpoint}: {clause}"
 
     async def _back_off(self) -> None:

@@ -49,17 +49,22 @@ _CREDENTIAL_ERRORS = {
     "unknown_ca": _CERTIFICATE,
     # With TLS 1.3 the client is through with the handshake when the server says no.
     "unwrap failed (tsi_data_corrupted)": _CERTIFICATE,
+    "secure read failed": _CERTIFICATE,  # the same, as grpc 1.73 to 1.79 says it
     "invalid user id or password": "wrong --etcd-username or --etcd-password",
 }
+_WRONG_SCHEME = ("handshake read failed", "socket closed")
 _HINTS = {
-    "handshake read failed": "; if it does not speak TLS, write http:// in --etcd-endpoints",
-    "socket closed": "; if it speaks TLS, write https:// in --etcd-endpoints",
+    "https": "; if it does not speak TLS, write http:// in --etcd-endpoints",
+    "http": "; if it speaks TLS, write https:// in --etcd-endpoints",
 }
 _PREAMBLE = re.compile(r"failed to connect to all addresses; last error: \w+: \S+: ")
 
 
-def diagnose(code: str, details: str) -> tuple[Fault, str]:
-    """Return what an error asks for, and one clause about it; `code` is grpc's name."""
+def diagnose(code: str, details: str, scheme: str = "http") -> tuple[Fault, str]:
+    """Return what an error asks for, and one clause about it.
+
+    `code` is grpc's name, `scheme` the endpoint's.
+    """
     low = details.lower()
     for text, clause in _TOKEN_ERRORS.items():
         if text in low:
@@ -76,6 +81,6 @@ def diagnose(code: str, details: str) -> tuple[Fault, str]:
     clause = clause[:200] or code
     if code not in _ENDPOINT_CODES:
         return Fault.REQUEST, clause
-    if connecting:
-        clause += next((hint for text, hint in _HINTS.items() if text in low), "")
+    if connecting and any(text in low for text in _WRONG_SCHEME):
+        clause += _HINTS[scheme]
     return Fault.ENDPOINT, clause

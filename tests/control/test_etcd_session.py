@@ -142,3 +142,24 @@ def test_the_reading_tells_ages_endpoint_and_error() -> None:
 )
 def test_what_an_error_means(code: str, details: str, fault: Fault) -> None:
     assert diagnose(code, details)[0] is fault
+
+
+@pytest.mark.parametrize(
+    ("scheme", "says", "hint"),
+    [
+        ("http", "Socket closed", "if it speaks TLS, write https://"),
+        (
+            "https",
+            "Handshake read failed (Socket closed)",
+            "if it does not speak TLS, write http://",
+        ),
+        # grpc before 1.81
+        ("https", "Socket closed", "if it does not speak TLS, write http://"),
+        # grpc 1.73 to 1.79
+        ("https", "Secure read failed", "it wants a client certificate"),
+    ],
+)
+def test_words_of_every_grpc_are_understood(scheme: str, says: str, hint: str) -> None:
+    last = f"last error: UNAVAILABLE: ipv4:192.0.2.1:2379: {says}"
+    details = f"failed to connect to all addresses; {last}"
+    assert hint in diagnose("UNAVAILABLE", details, scheme)[1]
