@@ -77,6 +77,20 @@ def wheel(archive: Path) -> Path:
     return built
 
 
+def test_without_a_compiler_it_tells_what_to_install(source: Path, tmp_path: Path) -> None:
+    build = f"from setuptools import build_meta; build_meta.build_wheel({str(tmp_path)!r})"
+    done = subprocess.run(
+        [sys.executable, "-c", build],
+        cwd=source,
+        env={**os.environ, "CC": "none-such-cc"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode
+    assert "`apt-get install gcc libc6-dev python3-dev`" in done.stderr.splitlines()[-1]
+
+
 def test_there_is_one_wheel_for_all(wheel: Path) -> None:
     machine = os.uname().machine
     assert re.fullmatch(rf"pyflannel_udp-[\d.]+-cp310-abi3-linux_{machine}\.whl", wheel.name)
