@@ -28,10 +28,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where we are in one family: its overlay network, and the address that peers know us by."""
+    """Where we are in one family: its overlay network, address and MAC that peers know us by."""
 
     network: IPNetwork
     public_ip: IPAddress
+    vtep_mac: MacAddress | None = None
 
 
 class _Judged(NamedTuple):
@@ -53,6 +54,7 @@ class FamilyRoutes:
         self.quarantined: dict[bytes, str] = {}
         self._network = place.network
         self.own_public_ip = place.public_ip
+        self._own_mac = place.vtep_mac
         self._port = port
         self._previous_mac: dict[bytes, MacAddress] = {}
         self._claims = _Claims()
@@ -174,6 +176,12 @@ class FamilyRoutes:
         subnet = part.subnet
         if part.public_ip is not None and (why := self._why_not_a_peer(part.public_ip)):
             return why
+        # Each side would take the other's packets for its own that came back.
+        if part.vtep is not None and part.vtep.mac == self._own_mac:
+            return (
+                f"its VTEP MAC {part.vtep.mac} is our own; one of the two hosts is a copy of the "
+                "other, or it is an old lease of ours"
+            )
         if not _contains(self._network, subnet):
             return f"its subnet {subnet} is not inside the network {self._network}"
         if self.own_subnet is not None and subnet.overlaps(self.own_subnet):

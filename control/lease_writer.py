@@ -69,6 +69,11 @@ class OwnIdentity:
         assert isinstance(ipv4, IPv4Address) and (ipv6 is None or isinstance(ipv6, IPv6Address))
         return cls(ipv4, macs[0], previous, ipv6, macs[1] if len(macs) > 1 else None)
 
+    @property
+    def macs(self) -> tuple[MacAddress, ...]:
+        """The VTEP MAC of each family, IPv4 first."""
+        return (self.vtep_mac,) if self.vtep_mac_v6 is None else (self.vtep_mac, self.vtep_mac_v6)
+
     def attributes(self, vni: Vni) -> LeaseAttributes:
         """Return what our lease says about us."""
         mac_v6 = self.vtep_mac_v6

@@ -114,7 +114,10 @@ class Daemon:
         keeper = node.keeper = self._keeper(etcd, config, identity)
         lease = await before.lease(keeper, recent)
         table = node.table = LeaseTable(
-            [Place(overlay.network, overlay.underlying.public_ip) for overlay in overlays.each],
+            [
+                Place(overlay.network, overlay.underlying.public_ip, mac)
+                for overlay, mac in zip(overlays.each, identity.macs)
+            ],
             config.backend.port,
         )
         table.set_own_subnet(lease.subnet)

@@ -21,7 +21,7 @@ from typing import Any
 from pyflannel import doctor_cluster as cluster
 from pyflannel import doctor_host as host
 from pyflannel.command_line import Command, parse_command
-from pyflannel.control.lease import config_key
+from pyflannel.control.lease import Lease, config_key, lease_key
 from pyflannel.control.lease_list import LeaseList, read_leases
 from pyflannel.control.network_config import NetworkConfig
 from pyflannel.control.vtep_identity import read_machine_id
@@ -136,9 +136,12 @@ async def examine(command: Command) -> Report:
         leases = await ask_etcd(
             options, lambda x: read_leases(x, options.etcd_prefix), cluster.ETCD_SECONDS
         )
-        report.add("leases", cluster.check_leases(leases))
+        unused = {} if daemon is None else _unused(command)
+        report.add("leases", [*cluster.check_leases(leases), *cluster.check_unused(unused, leases)])
+        used = [x for x in leases.leases if lease_key(options.etcd_prefix, x.subnet) not in unused]
         if underlying:
-            await _check_peers(report, options, devices, underlying, leases, daemon is not None)
+            _check_public_ips(report, options, devices, underlying, leases)
+            await _check_peers(report, options, underlying, used, daemon is not None)
     return report
 
 
@@ -184,27 +187,44 @@ def _check_host(
         report.add("ipv6", host.check_ipv6())
 
 
-async def _check_peers(
+def _unused(command: Command) -> Mapping[str, str]:
+    """Return the reason by key for leases that the daemon does not use, as far as it tells."""
+    try:
+        answer = ask(find_socket(command.options.control_dir, command.vni), "leases")
+    except Refusal:
+        return {}
+    unused: Mapping[str, str] = answer["unused"]
+    return unused
+
+
+def _check_public_ips(
     report: Report,
     options: Options,
     devices: Mapping[int, str],
     underlying: Sequence[Underlying],
     leases: LeaseList,
-    is_running: bool,
 ) -> None:
     machine_id = read_machine_id()
-    ours = [each.public_ip for each in underlying]
     report.add(
         "public-ip",
         [
             finding
-            for own in ours
+            for own in (each.public_ip for each in underlying)
             for finding in cluster.check_own_lease(
                 leases, own, options, devices[own.version], machine_id
             )
         ],
     )
-    peers = cluster.peers_of(leases.leases, ours)
+
+
+async def _check_peers(
+    report: Report,
+    options: Options,
+    underlying: Sequence[Underlying],
+    leases: Iterable[Lease],
+    is_running: bool,
+) -> None:
+    peers = cluster.peers_of(leases, [each.public_ip for each in underlying])
     # All families share the interface, and so the size of an outer packet.
     outer_mtu = underlying[0].mtu + OVERHEAD_BYTES[underlying[0].version]
     addresses = {part.public_ip for part in peers if part.public_ip is not None}

@@ -154,7 +154,8 @@ def check_leases(found: LeaseList) -> Iterator[Finding]:
         if len({part.public_ip for part in parts}) > 1:
             told = ", ".join(f"{part.subnet} at {part.public_ip}" for part in parts)
             yield failure(
-                f"the leases {told} have one VTEP MAC, {mac}, so only one of them is reached",
+                f"the leases {told} have one VTEP MAC, {mac}, as where one host is a copy of "
+                "another: only one of them is reached",
                 "restart pyflannel-udp on all of them but one, which gives each a MAC of its own; "
                 "delete the key of a host that is gone",
             )
@@ -165,6 +166,16 @@ def check_leases(found: LeaseList) -> Iterator[Finding]:
 def _word(key: str) -> str:
     """Return a key as one word of a shell, where `text_of` has escaped something too."""
     return "$'{}'".format(key.replace("'", "\\'")) if "\\" in key else shlex.quote(key)
+
+
+def check_unused(unused: Mapping[str, str], found: LeaseList) -> Iterator[Finding]:
+    """The running daemon must use every lease; of each that it does not it gives the reason."""
+    for key, why in unused.items():
+        if key not in found.bad:
+            yield warning(
+                f"the daemon does not use the lease {key}: {why}",
+                f"correct that, or etcdctl del {_word(key)} if its host is gone",
+            )
 
 
 def _parts(leases: Iterable[Lease]) -> Iterator[tuple[Lease, LeasePart]]:

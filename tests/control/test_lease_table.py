@@ -190,6 +190,18 @@ def test_the_older_of_two_overlapping_leases_wins_until_it_goes(table: LeaseTabl
     }
 
 
+def test_a_lease_with_our_own_mac_is_not_used_until_it_has_another() -> None:
+    table = LeaseTable([Place(NETWORK, OWN_IP, MacAddress(b"\x02\0\0\0\0\2"))], 8472)
+    table.set_own_subnet(OWN_SUBNET)
+    assert table.put(kv("10.5.2.0-24", value())) == ()
+    assert "VTEP MAC 02:00:00:00:00:02 is our own" in next(iter(table.quarantined().values()))
+    changes = table.put(kv("10.5.2.0-24", value(mac=3), 2, created=1))
+    assert changes == (Replace(route("10.5.2.0/24", mac=3, previous=2)),)
+    assert table.put(kv("10.5.2.0-24", value(), 3, created=1)) == (
+        Delete(IPv4Network("10.5.2.0/24")),
+    )
+
+
 def test_a_dual_stack_key_gives_its_ipv4_part(table: LeaseTable) -> None:
     assert table.put(kv("10.5.2.0-24&fd00:2::-64", dual())) == (Replace(route("10.5.2.0/24")),)
     assert table.delete(SUBNETS + b"10.5.2.0-24&fd00:2::-64") == (

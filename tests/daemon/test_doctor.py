@@ -406,6 +406,29 @@ def test_the_remedy_for_a_foreign_key_names_just_that_key(key: bytes) -> None:
     assert said.stdout == key
 
 
+def test_leases_that_the_daemon_does_not_use(made: Lab, patient: Host) -> None:
+    made.start_daemon(patient)
+    (own,) = (x for x in made.leases().values() if x["PublicIP"] == str(patient.address))
+    keys = [f"{PREFIX}/subnets/10.244.{number}.0-24" for number in (251, 252)]
+    vtep = {"VNI": 1, "VtepMAC": "0a:00:00:00:00:52"}
+    inside = {**own, "PublicIP": "10.244.9.9", "BackendData": vtep}
+    made.etcdctl("put", keys[0], json.dumps({**own, "PublicIP": "192.168.77.99"}))
+    made.etcdctl("put", keys[1], json.dumps(inside))
+    try:
+        patient.wait_for_log("not using lease", 2)
+        code, found = _doctor(patient)
+    finally:
+        for key in keys:
+            made.etcdctl("del", key)
+    assert code == 2
+    one_mac, *unused = _amiss(found)["leases"]
+    assert "10.244.251.0/24 at 192.168.77.99 have one VTEP MAC" in one_mac
+    assert unused[0].startswith(f"the daemon does not use the lease {keys[0]}: its VTEP MAC")
+    assert unused[1].startswith(f"the daemon does not use the lease {keys[1]}: its PublicIP 10.244")
+    # Of these no answer is expected.
+    assert not _amiss(found).keys() & {"path-mtu", "vteps"}
+
+
 def test_a_daemon_that_is_not_ready(made: Lab, patient: Host) -> None:
     daemon = patient.processes[made.start_daemon(patient)]
     made.put_config('{"Network":"10.244.0.0/16","Backend":{"Type":"udp"}}')

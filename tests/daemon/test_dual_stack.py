@@ -272,7 +272,11 @@ def test_doctor_finds_what_is_amiss_with_ipv6(made: Lab) -> None:
     host, kernel = made.hosts[0], made.hosts[2]
     twin = f"{PREFIX}/subnets/10.244.250.0-24&2001:db8:42:fa::-64"
     value = next(x for x in made.leases().values() if x["PublicIP"] == str(kernel.address))
-    made.etcdctl("put", twin, json.dumps(value | {"PublicIP": str(SWITCH_ADDRESS)}))
+    ipv4 = {
+        "PublicIP": str(SWITCH_ADDRESS),
+        "BackendData": {"VNI": 1, "VtepMAC": "0a:00:00:00:00:52"},
+    }
+    made.etcdctl("put", twin, json.dumps(value | ipv4))
     wait_until(partial(_has_route, host, "2001:db8:42:fa::/64"), "the IPv6 route to the twin")
     wait_until(lambda: "10.244.250.0/24" in host.ip("route"), "the IPv4 route to the twin")
     closed = ("INPUT", "-p", "udp", "--dport", "8472", "-j", "DROP")
@@ -320,9 +324,7 @@ def test_doctor_finds_what_is_amiss_with_ipv6(made: Lab) -> None:
         ],
         "leases": [
             f"the leases {KERNEL_V6[0]}, 2001:db8:42:fa::/64 have one public IP, "
-            f"{kernel.address_v6}",
-            f"the leases 10.244.200.0/24 at {kernel.address}, 10.244.250.0/24 at "
-            f"{SWITCH_ADDRESS} have one VTEP MAC, {KERNEL_MAC}, so only one of them is reached",
+            f"{kernel.address_v6}"
         ],
         "public-ip": [
             f"the lease {own_v6} has our public IP {host.address_v6} and the VTEP MAC {own_mac}, "

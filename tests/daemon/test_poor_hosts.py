@@ -156,7 +156,7 @@ def test_two_leases_of_one_mac_are_told(made: Lab, host: Host) -> None:
         made.etcdctl("put", f"{PREFIX}/subnets/10.244.{number}.0-24", json.dumps(value))
     assert _doctor(host, ())["leases"] == [
         "the leases 10.244.1.0/24 at 192.0.2.1, 10.244.2.0/24 at 192.0.2.2 have one VTEP MAC, "
-        f"{MAC}, so only one of them is reached"
+        f"{MAC}, as where one host is a copy of another: only one of them is reached"
     ]
 
 
