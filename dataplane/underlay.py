@@ -123,7 +123,9 @@ class Underlay:
     ) -> Underlay:
         """Bind `port` on every address, and `send_sockets` sockets on `address` of the interface.
 
-        The family of `address` is that of all sockets. What is in `inherited` is used instead of
+        The family of `address` is that of all sockets. The kernel's routes choose by which
+        interface is sent, unless `address` is an IPv6 link-local one, which means nothing without
+        its own. What is in `inherited` is used instead of
         binding anew, so nothing queued in it is lost.
 
         `vxlan_devices` names the kernel vxlan devices that are up on `port`; they are named in
@@ -310,7 +312,8 @@ def _send_socket(family: _Family, interface_name: str, address: IPAddress) -> so
     try:
         # Before bind: nothing that is sent to our source port may queue up here.
         _drop_all_received(send)
-        send.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, interface_name.encode())
+        if address.version == 6 and address.is_link_local:
+            send.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, interface_name.encode())
         for option in family.send:
             send.setsockopt(*option)
         _set_buffer(send, _SO_SNDBUFFORCE, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)

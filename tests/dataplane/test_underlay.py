@@ -9,17 +9,20 @@ import os
 import select
 import socket
 from collections.abc import Iterator
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, IPv6Address
 
 import pytest
 
 from pyflannel.dataplane.refusal import Refusal
+from pyflannel.dataplane.route import IPAddress
 from pyflannel.dataplane.underlay import Underlay
 from tests.lab.hosts import Namespace, run
 from tests.lab.inside import inside, lone_namespace
 from tests.lab.require import require_program, require_root
 
 HERE, FAR = IPv4Address("192.0.2.11"), IPv4Address("192.0.2.12")
+ROUTED = IPv4Address("198.51.100.11")
+LINK_LOCAL, FAR_LINK_LOCAL = IPv6Address("fe80::11"), IPv6Address("fe80::12")
 PORT = 8472
 
 
@@ -38,13 +41,11 @@ def pair() -> Iterator[tuple[Namespace, Namespace]]:
         yield here, far
 
 
-def open_underlay(
-    namespace: Namespace, address: IPv4Address = HERE, name: str = "eth0"
-) -> Underlay:
+def open_underlay(namespace: Namespace, address: IPAddress = HERE, name: str = "eth0") -> Underlay:
     return inside(namespace, lambda: Underlay.open(name, address, PORT, 4))
 
 
-def refused(namespace: Namespace, address: IPv4Address = HERE, name: str = "eth0") -> str:
+def refused(namespace: Namespace, address: IPAddress = HERE, name: str = "eth0") -> str:
     """Return the refusal; it must leave no descriptor behind."""
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(Refusal) as caught:
@@ -98,14 +99,44 @@ def test_sockets_are_set_as_the_kernels_device_sends(pair: tuple[Namespace, Name
             with held(fd) as send:
                 assert send.getsockopt(socket.IPPROTO_IP, socket.IP_TTL) == 64
                 assert send.getsockopt(socket.IPPROTO_IP, 10) == 0  # IP_MTU_DISCOVER: DF is clear
-                name = send.getsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, 16)
-                assert name.rstrip(b"\0") == b"eth0"
         for fd in ours.receive_fds:
             assert not os.get_blocking(fd)
             with held(fd) as receive:
                 assert receive.getsockopt(socket.IPPROTO_IP, socket.IP_RECVTOS) == 1
     finally:
         ours.close()
+
+
+def test_the_routes_choose_by_which_interface_is_sent(pair: tuple[Namespace, Namespace]) -> None:
+    here, far = pair
+    here.ip("addr", "add", str(ROUTED), "dev", "lo")
+    far.ip("route", "add", str(ROUTED), "via", str(HERE))
+    ours, theirs = open_underlay(here, ROUTED, "lo"), open_underlay(far, FAR)
+    try:
+        with held(ours.send_fds[0]) as send:
+            send.sendto(b"x", (str(FAR), PORT))
+            with readable(theirs) as other:
+                assert other.recvfrom(10) == (b"x", send.getsockname())
+    finally:
+        ours.close()
+        theirs.close()
+
+
+def test_a_link_local_address_is_sent_from_by_its_interface(
+    pair: tuple[Namespace, Namespace],
+) -> None:
+    here, far = pair
+    for namespace, address in ((here, LINK_LOCAL), (far, FAR_LINK_LOCAL)):
+        namespace.ip("addr", "add", f"{address}/64", "dev", "eth0", "nodad")
+    ours, theirs = open_underlay(here, LINK_LOCAL), open_underlay(far, FAR_LINK_LOCAL)
+    try:
+        with held(ours.send_fds[0]) as send:
+            send.sendto(b"x", (str(FAR_LINK_LOCAL), PORT))
+            with readable(theirs) as other:
+                assert other.recv(10) == b"x"
+    finally:
+        ours.close()
+        theirs.close()
 
 
 def test_what_comes_to_a_send_socket_is_dropped(pair: tuple[Namespace, Namespace]) -> None:
@@ -168,6 +199,7 @@ def test_an_interface_or_address_that_is_not_there_is_refused(
     pair: tuple[Namespace, Namespace],
 ) -> None:
     here, _ = pair
-    assert "the underlay interface nope0 does not exist" in refused(here, name="nope0")
+    absent = "the underlay interface nope0 does not exist"
+    assert absent in refused(here, LINK_LOCAL, name="nope0")
     assert "203.0.113.9 is not an address of this host" in refused(here, IPv4Address("203.0.113.9"))
     open_underlay(here).close()
