@@ -140,6 +140,7 @@ class Underlay:
             receivers = opened.enter_context(
                 old.receivers or _receive_sockets(family, port, vxlan_devices)
             )
+            _check_calls(receivers.sockets[0])
             for one in receivers.sockets:
                 _widen(one)
             senders = opened.enter_context(
@@ -305,6 +306,21 @@ def _receive_socket(family: _Family) -> socket.socket:
         receive.close()
         raise
     return receive
+
+
+def _check_calls(udp: socket.socket) -> None:
+    """Refuse a host whose filter of system calls keeps the fast path from moving packets."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    for name in ("recvmmsg", "sendmmsg"):
+        # Of no message, so nothing is received, sent or waited for.
+        if getattr(libc, name)(udp.fileno(), None, 0, socket.MSG_DONTWAIT, None) < 0:
+            err = ctypes.get_errno()
+            if err in (errno.ENOSYS, errno.EPERM, errno.EACCES):
+                raise Refusal(
+                    f"the system call {name}, by which packets move, is not permitted here "
+                    f"({os.strerror(err)}): allow it in the filter of system calls (docker run "
+                    "--security-opt seccomp=, systemd: SystemCallFilter=@network-io)"
+                )
 
 
 def _send_socket(family: _Family, interface_name: str, address: IPAddress) -> socket.socket:

@@ -6,6 +6,7 @@ One host on a switch with etcd; the daemon is started wrongly in every way the o
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -17,7 +18,16 @@ from tests.lab.require import require_program, require_root
 @pytest.fixture(scope="module")
 def made() -> Iterator[Lab]:
     require_root()
-    for program in ("ip", "ethtool", "etcd", "etcdctl", "setpriv", "unshare", "ss", "curl"):
+    for program in (
+        "ip",
+        "ethtool",
+        "etcd",
+        "etcdctl",
+        "setpriv",
+        "unshare",
+        "ss",
+        "curl",
+    ):
         require_program(program)
     with lab(2) as made:
         yield made
@@ -146,6 +156,13 @@ def test_without_dev_net_tun(made: Lab, host: Host) -> None:
     error = _refused(made, host, wrapper=wrapper)
     assert "/dev/net/tun" in error
     assert "modprobe tun" in error
+
+
+@pytest.mark.parametrize("name", ["recvmmsg", "sendmmsg"])
+def test_a_sandbox_in_which_no_packet_would_move(made: Lab, host: Host, name: str) -> None:
+    wrapper = (sys.executable, "-m", "tests.lab.without_call", name)
+    error = _refused(made, host, wrapper=wrapper)
+    assert f"the system call {name}, by which packets move, is not permitted here" in error
 
 
 def test_leftover_kernel_device_and_its_replacement(made: Lab, host: Host) -> None:
