@@ -18,7 +18,7 @@ from pytun_pmd3 import TunTapDevice
 
 from pyflannel.dataplane.offload import NO_OFFLOAD, Offload
 from pyflannel.dataplane.proc_net import transmit_drops
-from pyflannel.dataplane.refusal import Refusal
+from pyflannel.dataplane.refusal import Refusal, too_few_descriptors
 
 VNET_HEADER_BYTES = 12
 """Length of the virtio-net header before each packet (struct virtio_net_hdr_mrg_rxbuf)."""
@@ -245,6 +245,8 @@ def _driver(name: str) -> str:
 
 
 def _refusal(name: str, error: OSError) -> Refusal:
+    if error.errno == errno.EMFILE:
+        return too_few_descriptors()
     if error.filename == _CLONE_DEVICE:
         return _clone_device_refusal(error)
     if error.errno == errno.EPERM:

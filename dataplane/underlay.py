@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pyflannel.dataplane.inheritance import Inheritance
 from pyflannel.dataplane.offload import NO_OFFLOAD, Offload
 from pyflannel.dataplane.proc_net import processes, receive_drops, udp_inodes, unix_inodes
-from pyflannel.dataplane.refusal import Refusal
+from pyflannel.dataplane.refusal import Refusal, too_few_descriptors
 from pyflannel.dataplane.route import IPAddress
 
 _SEND_BUFFER_BYTES = 8 << 20
@@ -378,6 +378,8 @@ def _udp_socket(family: _Family) -> socket.socket:
     try:
         return socket.socket(family.number, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
     except OSError as error:
+        if error.errno == errno.EMFILE:
+            raise too_few_descriptors() from None
         if error.errno != errno.EAFNOSUPPORT:
             raise
         raise Refusal(

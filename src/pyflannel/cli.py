@@ -6,8 +6,10 @@ Exit codes: 0 stopped by a signal, help or version; 1 a start that was refused; 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import resource
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -19,6 +21,8 @@ from pyflannel.log import set_up_log
 from pyflannel.options import HelpRequested, UsageError, VersionRequested, parse_options
 
 log = logging.getLogger(__name__)
+
+DESCRIPTORS = 1024
 
 
 def _doctor(argv: Sequence[str]) -> int:
@@ -60,6 +64,15 @@ def _run_command(name: str, argv: Sequence[str]) -> int:
         return 1
 
 
+def _raise_descriptor_limit() -> None:
+    """Take what we may have without asking, as Go does for flanneld, up to what is ever needed."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(DESCRIPTORS, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
     words = sys.argv[1:] if argv is None else argv
@@ -88,6 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "--kube-subnet-mgr: this version takes its network from etcd only; drop the flag "
                 "and set --etcd-endpoints, or run flanneld on this node"
             )
+        _raise_descriptor_limit()
         # The compiled fast path is needed from here on, not for help and usage errors.
         import uvloop
 

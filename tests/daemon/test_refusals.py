@@ -24,6 +24,7 @@ def made() -> Iterator[Lab]:
         "etcd",
         "etcdctl",
         "setpriv",
+        "prlimit",
         "unshare",
         "ss",
         "curl",
@@ -163,6 +164,19 @@ def test_a_sandbox_in_which_no_packet_would_move(made: Lab, host: Host, name: st
     wrapper = (sys.executable, "-m", "tests.lab.without_call", name)
     error = _refused(made, host, wrapper=wrapper)
     assert f"the system call {name}, by which packets move, is not permitted here" in error
+
+
+@pytest.mark.parametrize("limit", [64, 128])
+def test_too_few_descriptors(made: Lab, host: Host, limit: int) -> None:
+    """The sockets are opened first, and the TUN's queues fail then."""
+    error = _refused(made, host, wrapper=("prlimit", f"--nofile={limit}:{limit}"))
+    assert f"{limit} open files are too few" in error
+    assert "LimitNOFILE=" in error
+
+
+def test_a_low_limit_that_may_be_raised(made: Lab, host: Host) -> None:
+    made.start_daemon(host, wrapper=("prlimit", "--nofile=64:1024"))
+    host.subnet_file.unlink()
 
 
 def test_leftover_kernel_device_and_its_replacement(made: Lab, host: Host) -> None:
