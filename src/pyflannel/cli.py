@@ -11,6 +11,7 @@ import logging
 import os
 import resource
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
@@ -23,6 +24,8 @@ from pyflannel.options import HelpRequested, UsageError, VersionRequested, parse
 log = logging.getLogger(__name__)
 
 DESCRIPTORS = 1024
+THREADS = 16
+"""What a node of one address family has on two cores, beside the first."""
 
 
 def _doctor(argv: Sequence[str]) -> int:
@@ -73,6 +76,26 @@ def _raise_descriptor_limit() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
+def _check_threads() -> None:
+    """Refuse a host that allows too few threads: gRPC ends the process without a word then."""
+    enough = threading.Event()
+    started: list[threading.Thread] = []
+    try:
+        for _ in range(THREADS):
+            thread = threading.Thread(target=enough.wait, daemon=True)
+            thread.start()
+            started.append(thread)
+    except RuntimeError:
+        raise Refusal(
+            f"this process may have {len(started)} more threads, and needs {THREADS}: raise the "
+            "limit (systemd: TasksMax=, docker run --pids-limit=, ulimit -u)"
+        ) from None
+    finally:
+        enough.set()
+        for thread in started:
+            thread.join()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
     words = sys.argv[1:] if argv is None else argv
@@ -102,6 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "and set --etcd-endpoints, or run flanneld on this node"
             )
         _raise_descriptor_limit()
+        _check_threads()
         # The compiled fast path is needed from here on, not for help and usage errors.
         import uvloop
 

@@ -166,6 +166,11 @@ def test_a_sandbox_in_which_no_packet_would_move(made: Lab, host: Host, name: st
     assert f"the system call {name}, by which packets move, is not permitted here" in error
 
 
+def test_too_few_threads(made: Lab, host: Host) -> None:
+    wrapper = (sys.executable, "-m", "tests.lab.without_call", "clone3")
+    assert "this process may have 0 more threads" in _refused(made, host, wrapper=wrapper)
+
+
 @pytest.mark.parametrize("limit", [64, 128])
 def test_too_few_descriptors(made: Lab, host: Host, limit: int) -> None:
     """The sockets are opened first, and the TUN's queues fail then."""

@@ -13,8 +13,8 @@ import sys
 from tests.lab.without_nfnetlink import ALLOW, EQUALS, ERRNO, LOAD, NUMBER, RETURN, install
 
 CALLS = {
-    "x86_64": {"recvmmsg": 299, "sendmmsg": 307},
-    "aarch64": {"recvmmsg": 243, "sendmmsg": 269},
+    "x86_64": {"recvmmsg": 299, "sendmmsg": 307, "clone3": 435},
+    "aarch64": {"recvmmsg": 243, "sendmmsg": 269, "clone3": 435},
 }
 
 if __name__ == "__main__":
