@@ -256,6 +256,12 @@ def _refusal(name: str, error: OSError) -> Refusal:
         )
     if error.errno == errno.EINVAL and _exists(name):
         return _occupied_refusal(name, _driver(name))
+    if error.errno in (errno.EINVAL, errno.ENOTTY):
+        return Refusal(
+            f"this kernel makes no TUN device {name} with several queues and offload headers "
+            f"({error.strerror}): Linux has had both since 3.8, some sandboxes have not; run on "
+            "another kernel"
+        )
     return Refusal(f"the TUN device {name} cannot be opened: {error.strerror}")
 
 

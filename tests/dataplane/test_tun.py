@@ -117,6 +117,14 @@ def test_a_device_of_another_kind_is_left_alone_and_named(
     assert host.ip("-d", "link", "show", DEVICE) == before
 
 
+def test_a_kernel_whose_tun_lacks_what_is_needed(
+    host: Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says EINVAL to what it does not know."""
+    monkeypatch.setattr("pyflannel.dataplane.tun._TUNSETVNETHDRSZ", 0x400454FF)
+    assert f"makes no TUN device {DEVICE} with several queues" in refused(host)
+
+
 def test_a_refused_device_leaves_no_descriptor(host: Namespace) -> None:
     host.ip("tuntap", "add", DEVICE, "mode", "tap")
     before = len(os.listdir("/proc/self/fd"))
