@@ -30,9 +30,11 @@
 /* Average message above which SLOTS_MIN are received at a time. */
 #define LARGE_MESSAGE 4096
 
-static void drop(struct decap_side *side, int reason)
+static void drop(struct decap_side *side, const struct fib_entry *sender, int reason)
 {
 	count_up(&side->counters.drops[reason], 1);
+	if (sender)
+		traffic_add(&sender->traffic->drops, 1);
 }
 
 /* Keep a sample for the operator's log, unless the ring is full or it repeats the last one. */
@@ -139,7 +141,7 @@ static void write_single(struct decap_side *side, const struct fib_entry *sender
 	int err = write_tun(side, vnet, &iov, 1);
 
 	if (err)
-		drop(side, err == EIO ? FP_DROP_TUN_DOWN : FP_DROP_TUN_WRITE);
+		drop(side, sender, err == EIO ? FP_DROP_TUN_DOWN : FP_DROP_TUN_WRITE);
 	else
 		count_written(side, sender, 1, length);
 }
@@ -186,9 +188,7 @@ static bool take_datagram(struct decap_side *side, struct receive_socket *socket
 	decap_datagram(side->ctx, &side->cache, datagram, length, &outer->source, outer->tos,
 		       &decap);
 	if (decap.drop >= 0) {
-		drop(side, decap.drop);
-		if (decap.sender)
-			traffic_add(&decap.sender->traffic->drops, 1);
+		drop(side, decap.sender, decap.drop);
 	} else {
 		if (decap.flow.hash != socket->last_flow) {
 			socket->last_flow = decap.flow.hash;

@@ -199,6 +199,30 @@ static unsigned int advance(struct sender *sender, struct send_socket *socket)
 	return datagrams;
 }
 
+static void count_for_peer(const struct fib_entry *peer, unsigned int datagrams, size_t bytes)
+{
+	traffic_add(&peer->traffic->encap_packets, datagrams);
+	traffic_add(&peer->traffic->encap_bytes, bytes);
+}
+
+/* Datagrams are out, @bytes of inner packets. @peer is NULL once the FIB section has ended. */
+static void count_sent(struct sender *sender, const struct fib_entry *peer, unsigned int datagrams,
+		       size_t bytes)
+{
+	count_up(&sender->counters->traffic.encap_packets, datagrams);
+	count_up(&sender->counters->traffic.encap_bytes, bytes);
+	if (peer)
+		count_for_peer(peer, datagrams, bytes);
+}
+
+static void count_dropped(struct sender *sender, const struct fib_entry *peer, int reason,
+			  unsigned int datagrams)
+{
+	count_up(&sender->counters->drops[reason], datagrams);
+	if (peer)
+		traffic_add(&peer->traffic->drops, datagrams);
+}
+
 /*
  * The first message of @socket was refused. EMSGSIZE and EINVAL: a segment is larger than what the
  * route or device to this peer takes; EIO: the device computes no checksums and the kernel does not
@@ -218,14 +242,13 @@ static void refused(struct sender *sender, struct send_socket *socket, int err)
 					      UNSEGMENTED_MESSAGES, memory_order_relaxed);
 		return;
 	}
-	count_up(&sender->counters->drops[send_drop(err)], advance(sender, socket));
+	count_dropped(sender, send->peer, send_drop(err), advance(sender, socket));
 }
 
 /* Send what a socket has, until it is through or has no room. */
 static void flush_socket(struct sender *sender, unsigned int index)
 {
 	struct send_socket *socket = &sender->socket[index];
-	struct fp_traffic *total = &sender->counters->traffic;
 	struct outgoing out;
 
 	while (socket->first >= 0) {
@@ -249,13 +272,14 @@ static void flush_socket(struct sender *sender, unsigned int index)
 		}
 		count_up(&sender->counters->sends, (uint64_t)sent);
 		for (int i = 0; i < sent; i++) {
-			const struct iovec *iov = out.message[i].msg_hdr.msg_iov;
+			const struct msghdr *message = &out.message[i].msg_hdr;
+			const struct fib_entry *peer = sender->send[socket->first].peer;
 			unsigned int datagrams = advance(sender, socket);
+			size_t bytes = 0;
 
-			count_up(&total->encap_packets, datagrams);
-			for (size_t p = 0; p < out.message[i].msg_hdr.msg_iovlen; p++)
-				count_up(&total->encap_bytes, iov[p].iov_len);
-			count_up(&total->encap_bytes, -(uint64_t)(datagrams * PUSH));
+			for (size_t p = 0; p < message->msg_iovlen; p++)
+				bytes += message->msg_iov[p].iov_len;
+			count_sent(sender, peer, datagrams, bytes - datagrams * PUSH);
 		}
 	}
 	socket->last = -1;
@@ -361,10 +385,7 @@ void sender_add(struct sender *sender, const struct encap *encap, uint8_t *start
 		size_t length, size_t size)
 {
 	struct send_socket *socket = &sender->socket[encap->flow.hash % sender->sockets];
-	struct fib_traffic *traffic = encap->peer->traffic;
 
-	traffic_add(&traffic->encap_packets, datagrams);
-	traffic_add(&traffic->encap_bytes, length - datagrams * PUSH);
 	while (datagrams) {
 		size_t one = datagrams == 1 ? length : size;
 		struct send *send = open_send(sender, socket, encap, datagrams, one);
@@ -410,11 +431,32 @@ size_t sender_left(const struct sender *sender)
 	return left;
 }
 
-/** sender_forget_peers() - Let the FIB section end while messages wait for room */
+/* Bytes of a send that are not out, without those that encapsulation pushes. */
+static size_t bytes_left(const struct sender *sender, const struct send *send)
+{
+	size_t bytes = 0;
+
+	for (int i = send->first; i >= 0; i = sender->piece[i].next)
+		bytes += sender->piece[i].length;
+	return bytes - send->sent * send->size - (send->datagrams - send->sent) * PUSH;
+}
+
+/**
+ * sender_forget_peers() - Let the FIB section end while messages wait for room
+ * @sender: What waits in it counts for its peers as sent, as later nobody knows whose it is
+ */
 void sender_forget_peers(struct sender *sender)
 {
-	for (unsigned int i = 0; i < sender->sends; i++)
-		sender->send[i].peer = NULL;
+	for (unsigned int s = 0; s < sender->sockets; s++) {
+		for (int i = sender->socket[s].first; i >= 0; i = sender->send[i].next) {
+			struct send *send = &sender->send[i];
+
+			if (send->peer)
+				count_for_peer(send->peer, send->datagrams - send->sent,
+					       bytes_left(sender, send));
+			send->peer = NULL;
+		}
+	}
 }
 
 /**

@@ -259,6 +259,7 @@ static void check_overtaking(bool reads_ahead)
 static void check_full_wire(bool has_route)
 {
 	struct fp_counters counters = { 0 };
+	struct fp_peer_traffic peer;
 	struct host host;
 	int bytes = 1;
 
@@ -276,6 +277,10 @@ static void check_full_wire(bool has_route)
 	HOLDS(!encap_has_waiting(host.side) && host.queue.waiting == 0);
 	HOLDS(host.left + (int)counters.drops[FP_DROP_NO_ROUTE] == 3 * READS_PER_BATCH);
 	HOLDS(has_route == (counters.drops[FP_DROP_NO_ROUTE] == 0));
+	if (has_route) {
+		HOLDS(fp_peers_traffic(host.ctx, &peer, 1) == 1);
+		HOLDS(memcmp(&peer.traffic, &counters.traffic, sizeof(peer.traffic)) == 0);
+	}
 	close_host(&host);
 }
 
