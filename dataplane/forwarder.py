@@ -8,11 +8,13 @@ EPOLLERR (uvloop does). A turn is bounded, so timers and the control plane run i
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 from collections.abc import Callable
 from enum import Enum
 
 from pyflannel.dataplane.fastpath import Context, Worker, WorkerIo
+from pyflannel.dataplane.refusal import Refusal
 
 log = logging.getLogger(__name__)
 
@@ -69,14 +71,29 @@ class Forwarder:
         return self._worker.silence()
 
     def start(self, io: WorkerIo) -> None:
-        """Begin to forward; the descriptors stay the caller's and must outlive `close`."""
+        """Begin to forward; the descriptors stay the caller's and must outlive `close`.
+
+        Raises OSError, or Refusal when no thread can be had, and then leaves nothing behind.
+        """
         assert self._worker is None
         worker = self._context.worker(io)
         if self._workers is not Workers.LOOP:
-            worker.start(THREADS[self._workers])
+            self._start_threads(worker)
             asyncio.get_running_loop().call_later(SETTLED_SECONDS, self._check_schedule)
         self._worker = worker
         asyncio.get_running_loop().add_reader(worker.fileno(), self._on_readable)
+
+    def _start_threads(self, worker: Worker) -> None:
+        try:
+            worker.start(THREADS[self._workers])
+        except OSError as error:
+            worker.close()
+            if error.errno != errno.EAGAIN:
+                raise
+            raise Refusal(
+                "no thread for packets can be started: allow more tasks (systemd: TasksMax=, "
+                "docker run: --pids-limit), or use --workers=0"
+            ) from None
 
     def _check_schedule(self) -> None:
         if self._worker is not None and not self._worker.runs_as_scheduled:
