@@ -75,9 +75,10 @@ class HostWatch:
         self._concern = Concern.NOTHING
         self._changed = asyncio.Event()
 
-    def forwarding_ended(self, error: OSError) -> None:
+    def forwarding_ended(self, error: Exception) -> None:
         """Take in that packets are not moved any more."""
-        log.warning("forwarding on %s has ended: %s", self._overlay.device, error.strerror)
+        reason = error.strerror if isinstance(error, OSError) else error
+        log.warning("forwarding on %s has ended: %s", self._overlay.device, reason)
         now = time.monotonic()
         again = now - self._ended_at < RETRY_SECONDS
         self._ended_at = now

@@ -309,8 +309,9 @@ class Overlay:
         """Who the kernel's events name as the author of our changes of routes."""
         return self._peer_routes.port
 
-    def forward(self, on_ended: Callable[[OSError], None]) -> None:
+    def forward(self, on_ended: Callable[[Exception], None]) -> None:
         """Begin to forward; `on_ended` is called when that ends by itself."""
+        self._on_ended = on_ended
         self._forwarder = Forwarder(self.context, Workers(self._options.workers), on_ended)
         self._stack.callback(self._forwarder.close)
         setting = _FORWARDING[self.version]
@@ -338,9 +339,12 @@ class Overlay:
         self._is_paused = True
 
     def resume(self) -> None:
-        """Go on after `pause`."""
+        """Go on after `pause`; if the host says no, forwarding has ended by itself."""
         self._is_paused = False
-        self._start()
+        try:
+            self._start()
+        except (OSError, Refusal) as error:
+            self._on_ended(error)
 
     def _start(self) -> None:
         assert self._forwarder is not None

@@ -172,6 +172,23 @@ def test_more_descriptors_than_one_message_carries_are_told() -> None:
         asyncio.run(Handover(node).takeover({}, connection))
 
 
+def test_a_device_that_cannot_go_on_is_left_to_repairs() -> None:
+    class Device(Overlay):
+        def __init__(self) -> None:
+            self.ended: list[Exception] = []
+            self._on_ended = self.ended.append
+            self._is_paused = True
+
+        def _start(self) -> None:
+            raise refusal
+
+    refusal = Refusal("no thread for packets can be started")
+    device = Device()
+    device.resume()
+    assert device.ended == [refusal]
+    assert not device._is_paused
+
+
 @contextmanager
 def _supervised(nodes: Lab, host: Host) -> Iterator[Supervisor]:
     """A host whose daemon has a supervisor; another one without is there at the end."""
