@@ -242,6 +242,7 @@ class Connections:
                 self._session.answered(answer.header.cluster_id, answer.header.revision)
                 return answer
             if fault is Fault.REQUEST:
+                self._session.rejected(clause)
                 raise EtcdRejected(clause)
             if fault is Fault.TOKEN and self._username and not token_is_fresh:
                 connection.token, token_is_fresh = None, True

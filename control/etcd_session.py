@@ -160,6 +160,10 @@ class Session:
                 log.info("leaving an etcd endpoint for %s: %s", following, why)
         self._endpoint = following
 
+    def rejected(self, why: str) -> None:
+        """Take in that etcd answered a request with no, which is up to that request."""
+        self._note(why)
+
     def failed(self, why: str) -> None:
         """Take in that no endpoint answered."""
         self._count(why)

@@ -122,6 +122,19 @@ def test_the_reading_tells_ages_endpoint_and_error() -> None:
     )
 
 
+def test_a_request_that_is_rejected_is_shown_and_changes_nothing() -> None:
+    clock = Clock()
+    session = made(clock)
+    session.answered(7, 12)
+    session.rejected("http://192.0.2.1:2379: permission denied")
+    clock.now += 2
+    reading = session.reading()
+    assert reading.is_well
+    assert reading.failures == reading.moves == 0
+    assert reading.last_error == "http://192.0.2.1:2379: permission denied"
+    assert reading.last_error_seconds == 2
+
+
 @pytest.mark.parametrize(
     ("code", "details", "fault"),
     [

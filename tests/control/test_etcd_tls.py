@@ -314,6 +314,7 @@ async def test_user_and_password(users: EtcdCluster) -> None:
     bob = Etcd(users.endpoints, username="bob", password="bob")
     with pytest.raises(EtcdRejected, match="permission denied"):
         await bob.get("x")
+    assert bob.session.last_error.endswith("permission denied")
     await bob.close()
 
 
