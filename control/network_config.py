@@ -15,6 +15,7 @@ from pyflannel.control.lease import LeaseSubnet, fold_keys
 from pyflannel.dataplane.refusal import Refusal
 from pyflannel.dataplane.route import DEFAULT_PORT, IPAddress, IPNetwork, Vni
 
+QUOTED_CHARS = 80
 DEFAULT_VNI = Vni(1)
 DEVICE_VNI_MAX = 9_999_999
 DEVICE_V6_VNI_MAX = 9_999
@@ -93,7 +94,8 @@ class _Object:
 
     def _error(self, key: str, rule: str) -> NetworkConfigError:
         value = json.dumps(self.members.get(key.lower()))
-        return NetworkConfigError(f"network config: {self.path}{key} {value}: {rule}")
+        shown = value if len(value) <= QUOTED_CHARS else f"{value[:QUOTED_CHARS]}…"
+        return NetworkConfigError(f"network config: {self.path}{key} {shown}: {rule}")
 
     def boolean(self, key: str, default: bool) -> bool:
         value = self.members.get(key.lower())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from ipaddress import IPv4Address, IPv4Network, IPv6Address
 
 import pytest
@@ -120,3 +121,12 @@ def test_errors_name_key_value_and_rule(text: str, named: str) -> None:
         parse_network_config_untrusted(text.encode())
     assert named in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["Network", "SubnetMin", "Backend", "EnableIPv6"])
+def test_an_error_quotes_the_beginning_of_a_huge_value(key: str) -> None:
+    config = {"Network": "10.3.0.0/16", "Backend": {"Type": "vxlan"}, key: "1" * 100_000}
+    with pytest.raises(NetworkConfigError) as caught:
+        parse_network_config_untrusted(json.dumps(config).encode())
+    assert f'{key} "1111' in str(caught.value)
+    assert len(str(caught.value)) < 200
