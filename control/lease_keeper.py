@@ -361,7 +361,12 @@ class LeaseKeeper:
         if sighting is Sighting.RESERVED:
             log.warning("lease %s was put without an etcd lease: now a reservation", lease.subnet)
         elif sighting is Sighting.COPIED:
-            log.warning("somebody else put our own value to lease %s", lease.subnet)
+            log.warning(
+                "somebody else put our own value to lease %s; if another host uses our public IP "
+                "%s, give each its own --public-ip",
+                lease.subnet,
+                self._identity.public_ip,
+            )
         self._lease = replace(
             lease,
             create_revision=kv.create_revision,

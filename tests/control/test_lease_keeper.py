@@ -360,7 +360,9 @@ async def test_garbage_and_another_owner_on_our_key_are_reported(etcd: Etcd, pre
         assert await entry(etcd, node.key) == (value.encode(), 0)
 
 
-async def test_our_value_put_again_and_again_is_a_second_writer(etcd: Etcd, prefix: str) -> None:
+async def test_our_value_put_again_and_again_is_a_second_writer(
+    etcd: Etcd, prefix: str, caplog: pytest.LogCaptureFixture
+) -> None:
     """A clone of this machine, with our MAC."""
     node, clone = Node(etcd, prefix), Node(etcd, prefix)
     await node.keeper.acquire()
@@ -369,6 +371,8 @@ async def test_our_value_put_again_and_again_is_a_second_writer(etcd: Etcd, pref
             await clone.keeper.acquire()
             await until(lambda puts=puts: node.keeper.own.foreign_puts == puts)  # type: ignore[misc]
             assert node.reasons.now == {}
+            (line,) = [x for x in caplog.messages if "put our own value" in x][puts - 1 :]
+            assert line.endswith("uses our public IP 192.0.2.1, give each its own --public-ip")
         await clone.keeper.acquire()
         await until(lambda: CONFLICT in node.reasons.now)
 
