@@ -157,6 +157,30 @@ class LeaseTable:
             self._forget(key)
         return self._settle() if due else ()
 
+    def beyond_etcd(self, now: float) -> tuple[tuple[KeyValue, float | None], ...]:
+        """Return the leases that etcd does not tell a newcomer, for a successor.
+
+        Each with the seconds for which it is kept, None if its key is there with a bad value.
+        """
+        ends: dict[bytes, float | None] = {key: end - now for key, end in self._unconfirmed.items()}
+        ends |= dict.fromkeys(self._bad.keys() & self._leases.keys())
+        return tuple((_key_value(key, self._leases[key]), end) for key, end in ends.items())
+
+    def keep(
+        self, entries: Iterable[tuple[KeyValue, float | None]], now: float
+    ) -> tuple[RouteChange, ...]:
+        """Go on with what `beyond_etcd` returned where etcd has not told more by now."""
+        for kv, seconds in entries:
+            if kv.key in self._leases or (seconds is None and kv.key not in self._bad):
+                continue
+            try:
+                self._leases[kv.key] = parse_lease_untrusted(kv)
+            except BadLease:  # another version may know forms that we do not
+                continue
+            if seconds is not None:
+                self._unconfirmed[kv.key] = now + seconds
+        return self._settle()
+
     def routes(self) -> tuple[Route, ...]:
         """Return the routes to all peers in use."""
         return tuple(route for x in self._families for route in x.routes.values())
@@ -271,6 +295,11 @@ class LeaseTable:
             and lease.subnet.ipv4 == self._own_subnet.ipv4
             and lease.attributes.public_ip in self._own_public_ips
         )
+
+
+def _key_value(key: bytes, lease: Lease) -> KeyValue:
+    value = lease.attributes.to_json()
+    return KeyValue(key, value, lease.create_revision, lease.mod_revision, 1, lease.etcd_lease)
 
 
 def _is_foreign(lease: Lease) -> bool:

@@ -16,6 +16,7 @@ import logging
 import os
 import random
 import signal
+import time
 from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
@@ -125,6 +126,7 @@ class Daemon:
         sync = node.sync = RouteSync(etcd, options.etcd_prefix, table, overlays)
         async with overlays.writing_early():
             await sync.first_snapshot(recent.read)
+            await overlays.apply(table.keep(before.beyond_etcd(), time.monotonic()))
         await overlays.reconcile()
         watches = [
             HostWatch(

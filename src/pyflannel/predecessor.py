@@ -5,15 +5,17 @@ Both tell what there is to begin with: descriptors, offloads in use, a lease.
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from collections.abc import Mapping
 from pathlib import Path
 
-from pyflannel.control.lease import BadLease, Lease, lease_key, parse_lease_untrusted
+from pyflannel.control.lease import BadLease, KeyValue, Lease, lease_key, parse_lease_untrusted
 from pyflannel.control.lease_keeper import LeaseKeeper
 from pyflannel.control.lease_list import RecentSnapshot
 from pyflannel.control.network_config import NetworkConfig
+from pyflannel.control_socket import NoAnswer, ask
 from pyflannel.dataplane.inheritance import Inheritance
 from pyflannel.dataplane.offload import Offload
 from pyflannel.dataplane.refusal import Refusal
@@ -27,7 +29,10 @@ from pyflannel.takeover import (
     STOPPED,
     YOURS,
     HandedOver,
+    entry_from_json,
 )
+
+log = logging.getLogger(__name__)
 
 
 class NoPredecessor:
@@ -40,6 +45,10 @@ class NoPredecessor:
     async def lease(self, keeper: LeaseKeeper, recent: RecentSnapshot) -> Lease:
         """Get a lease, however long it takes; SubnetsExhausted when none is free."""
         return await keeper.acquire(recent)
+
+    def beyond_etcd(self) -> list[tuple[KeyValue, float | None]]:
+        """Nobody knows more than etcd."""
+        return []
 
     def stop(self) -> None:
         """There is nothing to stop."""
@@ -57,12 +66,14 @@ class Predecessor:
 
     def __init__(
         self,
+        path: Path,
         connection: socket.socket,
         handed: HandedOver,
         inherited: Inheritance,
         prefix: str,
         config: NetworkConfig,
     ) -> None:
+        self._path = path
         self._connection = connection
         self._handed = handed
         self._prefix = prefix
@@ -89,7 +100,7 @@ class Predecessor:
             ) from error
         inherited = Inheritance(fds)
         try:
-            return cls(connection, HandedOver.from_json(line), inherited, prefix, config)
+            return cls(path, connection, HandedOver.from_json(line), inherited, prefix, config)
         except BaseException:
             inherited.close()
             connection.close()
@@ -108,6 +119,17 @@ class Predecessor:
                 "configuration any more; restart instead: systemctl restart pyflannel-udp"
             )
         return keeper.take_over(lease, self._handed.expires_at)
+
+    def beyond_etcd(self) -> list[tuple[KeyValue, float | None]]:
+        """Return the leases that it keeps though etcd does not tell them; Refusal if it hangs."""
+        try:
+            found = ask(self._path, "beyond_etcd", seconds=SETTLE_SECONDS)
+            return [(entry_from_json(entry), entry["seconds"]) for entry in found]
+        except NoAnswer:
+            raise
+        except (Refusal, ValueError, TypeError, KeyError) as error:
+            log.debug("another version, which hands over its own lease only: %s", error)
+            return []
 
     def stop(self) -> None:
         """Have it stop forwarding; from here on until we forward, packets queue."""

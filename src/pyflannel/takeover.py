@@ -26,6 +26,7 @@ import socket
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -66,16 +67,10 @@ class HandedOver:
 
     def to_json(self) -> bytes:
         """Return one line."""
-        kv = self.lease
         return (
             json.dumps(
                 {
-                    "key": kv.key.decode(),
-                    "value": kv.value.decode(),
-                    "create_revision": kv.create_revision,
-                    "mod_revision": kv.mod_revision,
-                    "version": kv.version,
-                    "etcd_lease": kv.lease,
+                    **entry_to_json(self.lease),
                     "expires_at": self.expires_at,
                     "offloads": {device: str(x) for device, x in self.offloads.items()},
                 }
@@ -91,14 +86,7 @@ class HandedOver:
             if "error" in found:
                 raise Refusal(f"the running process cannot hand over: {found['error']}")
             return cls(
-                KeyValue(
-                    found["key"].encode(),
-                    found["value"].encode(),
-                    int(found["create_revision"]),
-                    int(found["mod_revision"]),
-                    int(found["version"]),
-                    int(found["etcd_lease"]),
-                ),
+                entry_from_json(found),
                 found["expires_at"],
                 {
                     # What is in use is never auto.
@@ -113,6 +101,30 @@ class HandedOver:
             ) from error
 
 
+def entry_to_json(kv: KeyValue) -> dict[str, Any]:
+    """Return an entry of etcd in the form that passes between two processes."""
+    return {
+        "key": kv.key.decode(),
+        "value": kv.value.decode(),
+        "create_revision": kv.create_revision,
+        "mod_revision": kv.mod_revision,
+        "version": kv.version,
+        "etcd_lease": kv.lease,
+    }
+
+
+def entry_from_json(found: Mapping[str, Any]) -> KeyValue:
+    """Read such an entry; ValueError, TypeError or KeyError if it is none."""
+    return KeyValue(
+        found["key"].encode(),
+        found["value"].encode(),
+        int(found["create_revision"]),
+        int(found["mod_revision"]),
+        int(found["version"]),
+        int(found["etcd_lease"]),
+    )
+
+
 class Handover:
     """The requests of a successor in the running process; `done` is set when it shall end.
 
@@ -121,7 +133,11 @@ class Handover:
 
     def __init__(self, node: Node) -> None:
         self.done = asyncio.Event()
-        self.requests = {"takeover": self.takeover, "reload": self.reload}
+        self.requests = {
+            "takeover": self.takeover,
+            "beyond_etcd": self.beyond_etcd,
+            "reload": self.reload,
+        }
         self.listeners: list[int] = []
         self._node = node
         self._is_busy = False
@@ -171,6 +187,12 @@ class Handover:
         log.info("Handed over to process %d", pid)
         with contextlib.suppress(OSError):
             await asyncio.get_running_loop().sock_sendall(connection, YOURS)
+
+    async def beyond_etcd(self, _: Mapping[str, Any], __: socket.socket) -> object:
+        """Tell a successor of the leases that it cannot have from etcd."""
+        table = self._node.table
+        kept = () if table is None else table.beyond_etcd(time.monotonic())
+        return [{**entry_to_json(kv), "seconds": seconds} for kv, seconds in kept]
 
     async def reload(self, _: Mapping[str, Any], connection: socket.socket) -> object:
         """Start a successor with our arguments and answer when it has taken over."""

@@ -44,11 +44,15 @@ def route(subnet: str, ip: str = "192.0.2.2", mac: int = 2, previous: int | None
     )
 
 
-@pytest.fixture
-def table() -> LeaseTable:
+def empty_table() -> LeaseTable:
     made = LeaseTable([Place(NETWORK, OWN_IP)], 8472)
     made.set_own_subnet(OWN_SUBNET)
     return made
+
+
+@pytest.fixture
+def table() -> LeaseTable:
+    return empty_table()
 
 
 def test_a_lease_comes_is_renewed_moves_and_goes(table: LeaseTable) -> None:
@@ -109,6 +113,45 @@ def test_an_unconfirmed_peer_gives_way_to_a_lease_that_overlaps_it(table: LeaseT
     }
     assert table.unconfirmed() == {}
     assert table.quarantined() == {}
+
+
+def test_a_successor_keeps_what_etcd_does_not_tell_it(table: LeaseTable) -> None:
+    """One peer that a wiped store does not name, one with a bad value; what came back is newer."""
+    names = ("10.5.2.0-24", "10.5.3.0-24", "10.5.4.0-24", "10.5.5.0-24")
+    old = [kv(name, value(f"192.0.2.{x}", x), x) for x, name in enumerate(names, 2)]
+    table.reset(old)
+    table.reset([], same_history=False, now=100.0)
+    table.put(kv("10.5.3.0-24", b"{bad", 9))
+    handed = table.beyond_etcd(200.0)
+    assert {entry.key: seconds for entry, seconds in handed} == {
+        SUBNETS + b"10.5.2.0-24": lease_table.UNCONFIRMED_SECONDS - 100,
+        SUBNETS + b"10.5.3.0-24": None,
+        SUBNETS + b"10.5.4.0-24": lease_table.UNCONFIRMED_SECONDS - 100,
+        SUBNETS + b"10.5.5.0-24": lease_table.UNCONFIRMED_SECONDS - 100,
+    }
+
+    successor = empty_table()
+    successor.reset(
+        [
+            kv("10.5.3.0-24", b"{bad", 9),
+            kv("10.5.4.0-24", value("192.0.2.44", 44), 10),
+            kv("10.5.5.0-25", value("192.0.2.55", 55), 11),
+        ]
+    )
+    changes = successor.keep(handed, 1000.0)
+    assert set(changes) == {
+        Replace(route("10.5.2.0/24", "192.0.2.2", 2)),
+        Replace(route("10.5.3.0/24", "192.0.2.3", 3)),
+    }
+    assert {route.underlay for route in successor.routes()} == {
+        IPv4Address(f"192.0.2.{x}") for x in (2, 3, 44, 55)
+    }
+    ends = {SUBNETS.decode() + "10.5.2.0-24": 900.0 + lease_table.UNCONFIRMED_SECONDS}
+    assert successor.unconfirmed() == ends
+    assert successor.expire(901.0 + lease_table.UNCONFIRMED_SECONDS) == (
+        Delete(IPv4Network("10.5.2.0/24")),
+    )
+    assert successor.keep([(kv("nonsense", b"", 1), 1.0)], 0.0) == ()
 
 
 def test_the_own_lease_is_excluded_twice_over(table: LeaseTable) -> None:

@@ -11,6 +11,7 @@ import asyncio
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -30,7 +31,7 @@ from pyflannel.options import parse_options
 from pyflannel.overlay import Overlay
 from pyflannel.takeover import Handover
 from tests.lab.flows import flows
-from tests.lab.hosts import Host, Lab, container_address, lab, ping, wait_until
+from tests.lab.hosts import PREFIX, Host, Lab, container_address, lab, ping, wait_until
 from tests.lab.require import require_program, require_root
 from tests.lab.supervisor import Supervisor
 
@@ -303,3 +304,40 @@ def test_reload_that_fails_says_why_and_changes_nothing(nodes: Lab) -> None:
     assert "the successor ended with code 1, so this process goes on" in said
     assert [(x.lost, x.duplicate, x.reordered) for x in counts] == [(0, 0, 0)] * 2, counts
     assert _reaches(nodes)
+
+
+def test_a_takeover_after_etcd_was_wiped_keeps_the_peers_that_it_lost(nodes: Lab) -> None:
+    """And one whose value turned bad; a peer that is a flanneld is away from etcd for hours."""
+    host = nodes.hosts[0]
+    lost, broken = "10.244.100.0", "10.244.101.0"
+    value = {"PublicIP": "192.168.77.99", "BackendType": "vxlan"}
+    for number, subnet in enumerate((lost, broken), 1):
+        data = {"VNI": 1, "VtepMAC": f"0a:00:00:00:01:{number:02x}"}
+        nodes.etcdctl(
+            "put", f"{PREFIX}/subnets/{subnet}-24", json.dumps({**value, "BackendData": data})
+        )
+    wait_until(lambda: {lost, broken} <= _peers(host), "both peers are known")
+    assert nodes.etcd is not None
+    nodes.switch.stop(nodes.etcd, signal.SIGKILL)
+    shutil.rmtree(nodes.folder / "etcd")
+    nodes.start_etcd()
+    nodes.put_config()
+    nodes.etcdctl("put", f"{PREFIX}/subnets/{broken}-24", "{bad")
+    host.wait_for_log("wiped or rolled back")
+    wait_until(lambda: _reaches(nodes), "a ping")
+    before = _peers(host)
+    assert {lost, broken} <= before
+    for _ in range(2):
+        _take_over(nodes, host)
+        assert _peers(host) == before
+        view = host.ask("status")["etcd"]["view"]
+        assert view["unconfirmed"] == 1
+
+
+def _peers(host: Host) -> set[str]:
+    """The bases of the subnets that a node and its kernel have a route to."""
+    known = {x["subnet"].partition("/")[0] for x in host.ask("status")["peers"]}
+    routed = {
+        line.partition("/")[0] for line in host.ip("route", "show", "dev", "flannel.1").splitlines()
+    }
+    return known & routed
