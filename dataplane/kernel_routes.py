@@ -44,7 +44,7 @@ _RTM_NEWROUTE, _RTM_DELROUTE, _RTM_GETROUTE = 24, 25, 26
 _NLM_F_REQUEST, _NLM_F_ACK, _NLM_F_REPLACE, _NLM_F_CREATE = 0x1, 0x4, 0x100, 0x400
 _NLM_F_DUMP = 0x300
 _NLA_TYPE_MASK = 0x3FFF
-_RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_METRICS, _RTAX_MTU = 1, 4, 5, 8, 2
+_RTA_DST, _RTA_SRC, _RTA_OIF, _RTA_GATEWAY, _RTA_METRICS, _RTAX_MTU = 1, 2, 4, 5, 8, 2
 _RT_TABLE_MAIN, _RTPROT_BOOT, _RT_SCOPE_UNIVERSE, _RTN_UNICAST = 254, 3, 0, 1
 _RTNH_F_ONLINK = 4
 _FAMILY = {4: socket.AF_INET, 6: socket.AF_INET6}
@@ -90,13 +90,21 @@ class PeerRoutes:
 
     `mtu` is the device's, `overhead` what encapsulation adds, both in bytes. Where the kernel knows
     a smaller MTU on the way to a peer, the route to its subnet has what remains of that, so that
-    senders are told (RFC 1191) instead of every packet being sent in fragments.
+    senders are told (RFC 1191) instead of every packet being sent in fragments. `source` is the
+    address that is sent from, by which rules may choose the way; None where it is not asked.
     """
 
     def __init__(
-        self, device: str, direct: DirectRouting | None, *, mtu: int, overhead: int
+        self,
+        device: str,
+        direct: DirectRouting | None,
+        *,
+        mtu: int,
+        overhead: int,
+        source: IPAddress | None = None,
     ) -> None:
         self.mtu = mtu
+        self.source = source
         self._device = device
         self._direct = direct
         self._overhead = overhead
@@ -169,7 +177,8 @@ class PeerRoutes:
         self, netlink: socket.socket, peers: Mapping[IPNetwork, IPAddress]
     ) -> dict[IPNetwork, KernelRoute]:
         index = device_index(self._device)
-        ways = _ways_to(netlink, peers.values())
+        # What is not encapsulated is sent from the containers' addresses.
+        ways = _ways_to(netlink, peers.values(), None if self._direct else self.source)
         return {
             subnet: self._route(subnet, underlay, ways.get(underlay, _UNKNOWN), index)
             for subnet, underlay in peers.items()
@@ -295,7 +304,9 @@ def _route_fields(subnet: IPNetwork, flags: int) -> tuple[int, ...]:
     return family, subnet.prefixlen, 0, 0, main, _RTPROT_BOOT, scope, _RTN_UNICAST, flags
 
 
-def _ways_to(netlink: socket.socket, addresses: Iterable[IPAddress]) -> dict[IPAddress, _Way]:
+def _ways_to(
+    netlink: socket.socket, addresses: Iterable[IPAddress], source: IPAddress | None
+) -> dict[IPAddress, _Way]:
     """Return how the kernel reaches each address; those that it cannot reach are left out."""
     wanted = list(dict.fromkeys(addresses))
     found = {}
@@ -303,7 +314,7 @@ def _ways_to(netlink: socket.socket, addresses: Iterable[IPAddress]) -> dict[IPA
         batch = wanted[start : start + LOOKUPS]
         netlink.send(
             b"".join(
-                _message(_RTM_GETROUTE, 0, sequence, _lookup(address))
+                _message(_RTM_GETROUTE, 0, sequence, _lookup(address, source))
                 for sequence, address in enumerate(batch, start)
             )
         )
@@ -316,9 +327,11 @@ def _ways_to(netlink: socket.socket, addresses: Iterable[IPAddress]) -> dict[IPA
     return found
 
 
-def _lookup(address: IPAddress) -> bytes:
-    header = _RTMSG.pack(_FAMILY[address.version], address.max_prefixlen, 0, 0, 0, 0, 0, 0, 0)
-    return header + _attribute(_RTA_DST, address.packed)
+def _lookup(address: IPAddress, source: IPAddress | None) -> bytes:
+    family, length = _FAMILY[address.version], address.max_prefixlen
+    header = _RTMSG.pack(family, length, length if source else 0, 0, 0, 0, 0, 0, 0)
+    to = _attribute(_RTA_DST, address.packed)
+    return header + to + (_attribute(_RTA_SRC, source.packed) if source else b"")
 
 
 def _dump(netlink: socket.socket) -> Iterator[KernelRoute]:

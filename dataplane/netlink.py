@@ -150,21 +150,25 @@ class Netlink:
     def _name_of(self, index: int) -> str:
         return str(self._ipr.get_links(index)[0].get("ifname"))
 
-    async def route_to(self, address: IPAddress) -> Reach | None:
-        """Return how the kernel would send to an address, None where it cannot or must not."""
-        return await self.run(self._route_to, address)
+    async def route_to(self, address: IPAddress, source: IPAddress | None = None) -> Reach | None:
+        """Return how the kernel would send to an address, None where it cannot or must not.
 
-    def _route_to(self, address: IPAddress) -> Reach | None:
+        `source` is the one to send from, by which rules may choose; None if it is not chosen yet.
+        """
+        return await self.run(self._route_to, address, source)
+
+    def _route_to(self, address: IPAddress, source: IPAddress | None) -> Reach | None:
+        bound = {} if source is None else {"src": str(source)}
         try:
-            routes = self._ipr.route("get", dst=str(address))
+            routes = self._ipr.route("get", dst=str(address), **bound)
         except NetlinkError as error:
             if error.code in _NO_WAY:
                 return None
             raise
-        source, gateway = routes[0].get("prefsrc"), routes[0].get("gateway")
+        chosen, gateway = routes[0].get("prefsrc"), routes[0].get("gateway")
         return Reach(
             self._name_of(routes[0].get("oif")),
-            ip_address(source) if source else None,
+            ip_address(chosen) if chosen else source,
             ip_address(gateway) if gateway else None,
         )
 

@@ -114,6 +114,7 @@ class Overlay:
             else None,
             mtu=underlying.mtu,
             overhead=OVERHEAD_BYTES[self.version],
+            source=underlying.choice.address,
         )
         self._route_writer = RouteWriter(
             tun.name, netlink, self._peer_routes, lambda subnet: self.context.delete(subnet)
@@ -391,6 +392,7 @@ class Overlay:
         with self._underlay.rebind(choice.name, address):
             self._forwarder.close()
             self._start()
+        self._peer_routes.source = address
         self.underlying = replace(
             self.underlying,
             choice=choice,

@@ -26,7 +26,8 @@ async def trace(node: Node, address: IPAddress) -> dict[str, Any]:
     is_direct = bool(found and kernel and kernel.gateway == found.underlay)
     if overlay is None and not is_direct:
         found = None
-    below = None if found is None else await netlink.route_to(found.underlay)
+    sender = None if overlay is None else overlay.underlying.choice.address
+    below = None if found is None else await netlink.route_to(found.underlay, sender)
     own = keeper.own.subnet
     unused = {**table.quarantined(), **table.bad()}
     if found is not None and below is not None and is_direct:

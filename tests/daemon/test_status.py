@@ -189,6 +189,18 @@ def test_trace(made: Lab) -> None:
         assert why in found["why"], found
 
 
+def test_trace_asks_for_the_way_from_the_address_that_is_sent_from(made: Lab) -> None:
+    h1, h2 = made.hosts[:2]
+    rule = ("from", str(h1.address), "lookup", "100")
+    h1.ip("route", "add", str(h2.address), "via", str(SWITCH_ADDRESS), "table", "100")
+    h1.ip("rule", "add", *rule)
+    try:
+        found = _ask(h1, "trace", str(container_address(h2)))
+    finally:
+        h1.ip("rule", "del", *rule)
+    assert found["underlay_route"]["gateway"] == str(SWITCH_ADDRESS)
+
+
 def test_trace_of_what_the_kernel_sends_us_and_we_cannot_send_on(made: Lab) -> None:
     h1, h2 = made.hosts[:2]
     made.etcdctl("put", f"{PREFIX}/subnets/10.244.251.0-24", '{"PublicIP":"127.0.0.1"}')

@@ -181,6 +181,18 @@ def test_an_ipv6_peer_moves_behind_a_router_and_back(host: Namespace) -> None:
         assert found == [way]
 
 
+def test_the_mtu_on_the_way_is_that_of_the_table_that_rules_choose(host: Namespace) -> None:
+    source = IPv4Address("192.0.2.11")
+    host.ip("rule", "add", "from", str(source), "lookup", "100")
+    host.ip("route", "add", f"{UNDERLAY}/32", "dev", "eth0", "mtu", "1400", "table", "100")
+    ours = PeerRoutes(DEVICE, None, mtu=1450, overhead=50, source=source)
+    assert inside(host, lambda: ours.sync({FIRST: UNDERLAY})) == (1, 0, [])
+    assert routes(host) == [f"{route(FIRST)} mtu 1350"]
+    ours.source = IPv4Address("192.0.2.99")  # which the host has not, as while it is renumbered
+    assert inside(host, lambda: ours.sync({FIRST: UNDERLAY})) == (1, 0, [])
+    assert routes(host) == [route(FIRST)]
+
+
 @pytest.mark.alone
 def test_ten_thousand_routes_come_and_go_in_bulk(host: Namespace) -> None:
     many = list(IPv4Network("10.0.0.0/8").subnets(new_prefix=24))[:10_000]

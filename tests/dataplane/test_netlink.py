@@ -10,13 +10,14 @@ import asyncio
 import errno
 import json
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address, IPv4Network, ip_address, ip_interface
 from typing import TypeVar
 
 import pytest
 
 from pyflannel.dataplane.interface import Reach
 from pyflannel.dataplane.netlink import Netlink
+from pyflannel.dataplane.route import IPAddress
 from tests.lab.hosts import Namespace
 from tests.lab.inside import inside, namespace_with_tun
 from tests.lab.require import require_program, require_root
@@ -109,6 +110,34 @@ def test_route_lookup(host: Namespace) -> None:
     for kind in ("unreachable", "prohibit", "blackhole"):
         host.ip("route", "replace", kind, "203.0.113.0/24")
         assert reach("203.0.113.1") is None, kind
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "far"),
+    [
+        ("192.0.2.11/24", "192.0.2.13/24", "203.0.113.1"),
+        ("2001:db8::11/64", "2001:db8::13/64", "2001:db8:1::1"),
+    ],
+)
+def test_route_lookup_from_an_address_that_rules_look_at(
+    host: Namespace, first: str, second: str, far: str
+) -> None:
+    sources = [ip_interface(x).ip for x in (first, second)]
+    family = f"-{sources[0].version}"
+    for address in (first, second)[sources[0].version == 4 :]:
+        nodad = ("nodad",) if sources[0].version == 6 else ()
+        host.ip("addr", "add", address, "dev", "eth0", *nodad)
+    gateway = ip_interface(first).network[1]
+    host.ip(family, "rule", "add", "from", str(sources[1]), "lookup", "100")
+    host.ip(family, "route", "add", far, "via", str(gateway), "dev", "eth0", "table", "100")
+
+    def reach(source: IPAddress | None) -> Reach | None:
+        return ask(host, lambda netlink: netlink.route_to(ip_address(far), source))
+
+    assert reach(None) is None
+    assert reach(sources[0]) is None
+    assert reach(sources[1]) == Reach("eth0", sources[1], gateway)
+    assert reach(ip_interface(first).network[99]) is None
 
 
 def test_links_of_each_kind(host: Namespace) -> None:
