@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Sequence
+from ipaddress import IPv6Address
 from pathlib import Path
 
 # Not /proc/net, which is that of the process: a thread may be in another network namespace.
@@ -11,6 +12,9 @@ _PROC_NET = Path("/proc/thread-self/net")
 # Fields of a row of `udp` and `udp6`, and of `dev`.
 _LOCAL, _INODE, _RECEIVE_DROPS = 1, 9, 12
 _TRANSMIT_DROPS = 12
+# Fields of a row of `if_inet6`, and of its flags (linux/if_addr.h).
+_ADDRESS, _FLAGS = 0, 4
+_DAD_FAILED, _TENTATIVE = 0x08, 0x40
 
 
 def udp_inodes(port: int, tables: Sequence[str] = ("udp", "udp6")) -> set[str]:
@@ -28,12 +32,19 @@ def unix_inodes(name: str) -> set[str]:
     return {fields[6] for fields in _rows("unix") if fields[7:] == [name]}
 
 
-def _rows(table: str) -> list[list[str]]:
+def is_tentative(address: IPv6Address) -> bool:
+    """Whether this host has an address and still looks for duplicates of it (RFC 4862)."""
+    wanted = address.packed.hex()
+    flags = (int(x[_FLAGS], 16) for x in _rows("if_inet6", titles=0) if x[_ADDRESS] == wanted)
+    return any(one & (_DAD_FAILED | _TENTATIVE) == _TENTATIVE for one in flags)
+
+
+def _rows(table: str, titles: int = 1) -> list[list[str]]:
     try:
         lines = (_PROC_NET / table).read_text(errors="replace").splitlines()
     except (FileNotFoundError, PermissionError):  # as `udp6` without IPv6; a locked-down host
         return []
-    return [line.split() for line in lines[1:]]
+    return [line.split() for line in lines[titles:]]
 
 
 def processes(inodes: Collection[str]) -> list[str]:

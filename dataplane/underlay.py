@@ -16,7 +16,13 @@ from dataclasses import dataclass
 
 from pyflannel.dataplane.inheritance import Inheritance
 from pyflannel.dataplane.offload import NO_OFFLOAD, Offload
-from pyflannel.dataplane.proc_net import processes, receive_drops, udp_inodes, unix_inodes
+from pyflannel.dataplane.proc_net import (
+    is_tentative,
+    processes,
+    receive_drops,
+    udp_inodes,
+    unix_inodes,
+)
 from pyflannel.dataplane.refusal import Refusal, too_few_descriptors
 from pyflannel.dataplane.route import IPAddress
 
@@ -38,6 +44,7 @@ _IP_MTU_DISCOVER = 10
 _IPV6_MTU_DISCOVER = 23
 _PMTUDISC_DONT = 0
 _IPV6_AUTOFLOWLABEL = 70
+_IPV6_FREEBIND = 78
 
 _BPF_RETURN_CONSTANT = 0x06
 
@@ -333,6 +340,9 @@ def _send_socket(family: _Family, interface_name: str, address: IPAddress) -> so
         for option in family.send:
             send.setsockopt(*option)
         _set_buffer(send, _SO_SNDBUFFORCE, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
+        # At boot an address may be too young to be bound to; the kernel's device sends from it too.
+        if address.version == 6 and is_tentative(address):
+            send.setsockopt(socket.IPPROTO_IPV6, _IPV6_FREEBIND, 1)
         send.bind((str(address), 0))
     except OSError as error:
         send.close()

@@ -5,6 +5,7 @@ lone namespace   eth0 192.0.2.11/24 === namespace "far"   eth0 192.0.2.12/24
 
 from __future__ import annotations
 
+import json
 import os
 import select
 import socket
@@ -22,6 +23,7 @@ from tests.lab.require import require_program, require_root
 
 HERE, FAR = IPv4Address("192.0.2.11"), IPv4Address("192.0.2.12")
 ROUTED = IPv4Address("198.51.100.11")
+HERE_V6, FAR_V6 = IPv6Address("2001:db8::11"), IPv6Address("2001:db8::12")
 LINK_LOCAL, FAR_LINK_LOCAL = IPv6Address("fe80::11"), IPv6Address("fe80::12")
 PORT = 8472
 
@@ -137,6 +139,30 @@ def test_a_link_local_address_is_sent_from_by_its_interface(
     finally:
         ours.close()
         theirs.close()
+
+
+def test_an_address_that_is_still_checked_for_duplicates_is_sent_from(
+    pair: tuple[Namespace, Namespace],
+) -> None:
+    here, far = pair
+    here.exec("sysctl", "-qw", "net.ipv6.conf.eth0.dad_transmits=20")
+    far.ip("addr", "add", f"{FAR_V6}/64", "dev", "eth0", "nodad")
+    here.ip("addr", "add", f"{HERE_V6}/64", "dev", "eth0")
+    (link,) = json.loads(far.ip("-j", "link", "show", "eth0"))
+    neighbour = (str(FAR_V6), "lladdr", link["address"], "dev", "eth0")
+    here.ip("neigh", "add", *neighbour, "nud", "permanent")
+    ours, theirs = open_underlay(here, HERE_V6), open_underlay(far, FAR_V6)
+    try:
+        with held(ours.send_fds[0]) as send:
+            send.sendto(b"x", (str(FAR_V6), PORT))
+            with readable(theirs) as other:
+                assert other.recvfrom(10)[1][:2] == (str(HERE_V6), send.getsockname()[1])
+        assert "tentative" in here.ip("addr", "show", "to", str(HERE_V6))
+    finally:
+        ours.close()
+        theirs.close()
+    absent = IPv6Address("2001:db8::99")
+    assert f"{absent} is not an address of this host" in refused(here, absent)
 
 
 def test_what_comes_to_a_send_socket_is_dropped(pair: tuple[Namespace, Namespace]) -> None:
