@@ -23,7 +23,7 @@ from pyflannel.dataplane.proc_net import (
     udp_inodes,
     unix_inodes,
 )
-from pyflannel.dataplane.refusal import Refusal, too_few_descriptors
+from pyflannel.dataplane.refusal import Refusal
 from pyflannel.dataplane.route import IPAddress
 
 _SEND_BUFFER_BYTES = 8 << 20
@@ -388,8 +388,6 @@ def _udp_socket(family: _Family) -> socket.socket:
     try:
         return socket.socket(family.number, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
     except OSError as error:
-        if error.errno == errno.EMFILE:
-            raise too_few_descriptors() from None
         if error.errno != errno.EAFNOSUPPORT:
             raise
         raise Refusal(

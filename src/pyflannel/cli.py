@@ -7,6 +7,7 @@ Exit codes: 0 stopped by a signal, help or version; 1 a start that was refused; 
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import resource
@@ -17,7 +18,7 @@ from functools import partial
 from importlib.metadata import version
 
 from pyflannel import completion, docker_opts, manual, show
-from pyflannel.dataplane.refusal import Refusal
+from pyflannel.dataplane.refusal import Refusal, too_few_descriptors
 from pyflannel.log import set_up_log
 from pyflannel.options import HelpRequested, UsageError, VersionRequested, parse_options
 
@@ -55,7 +56,13 @@ def _run_command(name: str, argv: Sequence[str]) -> int:
         print(f"pyflannel-udp: no command {name!r}; there are: {known}", file=sys.stderr)
         return 2
     try:
-        return COMMANDS[name](argv)
+        code = COMMANDS[name](argv)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # The reader, such as head, has seen enough; Python's own flush at exit must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except HelpRequested as text:
         print(text)
         return 0
@@ -134,4 +141,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return uvloop.run(run(options, partial(parse_options, words, os.environ)))
     except Refusal as error:
         log.error("%s", error)
+        return 1
+    except OSError as error:
+        if error.errno != errno.EMFILE:
+            raise
+        log.error("%s", too_few_descriptors())
         return 1

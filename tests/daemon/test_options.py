@@ -318,3 +318,20 @@ def test_module_and_command_are_the_same_and_a_refusal_is_one_log_line() -> None
         note, refusal = done.stderr.splitlines()
         assert note.startswith("W") and "FLANNELD_V='loud' is ignored" in note
         assert refusal.startswith("E") and "--kube-subnet-mgr" in refusal
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_has_seen_enough_costs_no_traceback(unbuffered: str) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "pyflannel", "man"],
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+            stdout=writing,
+            stderr=subprocess.PIPE,
+            timeout=60,
+        )
+    finally:
+        os.close(writing)
+    assert (done.returncode, done.stderr) == (1, b"")
