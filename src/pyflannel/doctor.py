@@ -123,6 +123,7 @@ async def examine(command: Command) -> Report:
         report.add("devices", host.check_devices(links, devices.values(), _port(config)))
         if config is None:
             return report
+        interfaces = await netlink.interfaces()
         underlying: tuple[Underlying, ...] = ()
         try:
             underlying = await choose_underlay(options, netlink, config)
@@ -141,6 +142,12 @@ async def examine(command: Command) -> Report:
         used = [x for x in leases.leases if lease_key(options.etcd_prefix, x.subnet) not in unused]
         if underlying:
             _check_public_ips(report, options, devices, underlying, leases)
+            networks = [subnets.network for subnets in config.ranges]
+            peers = cluster.peers_of(leases.leases, [x.public_ip for x in underlying])
+            report.add(
+                "addresses",
+                cluster.check_addresses(interfaces, devices.values(), underlying, networks, peers),
+            )
             await _check_peers(report, options, underlying, used, daemon is not None)
     return report
 

@@ -11,7 +11,7 @@ import http.client
 import shlex
 import ssl
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from urllib.parse import urlsplit
 
@@ -24,13 +24,14 @@ from pyflannel.control.network_config import (
     parse_network_config_untrusted,
 )
 from pyflannel.control.vtep_identity import load_vtep_mac
+from pyflannel.dataplane.interface import Interface
 from pyflannel.dataplane.refusal import Refusal
-from pyflannel.dataplane.route import IPAddress, MacAddress
+from pyflannel.dataplane.route import IPAddress, IPNetwork, MacAddress
 from pyflannel.echo import echo
 from pyflannel.etcd_access import ask_etcd
 from pyflannel.finding import Finding, failure, warning
 from pyflannel.options import Options
-from pyflannel.underlying import MTU_MIN_BYTES
+from pyflannel.underlying import MTU_MIN_BYTES, Underlying
 
 ETCD_SECONDS = 5.0
 CLOCK_SECONDS = 5.0
@@ -202,6 +203,35 @@ def check_own_lease(
                 f"{part.vtep.mac}, where this host has {ours}: another host uses our address",
                 f"give each its own {_flag(public_ip)}",
             )
+
+
+def check_addresses(
+    interfaces: Iterable[Interface],
+    devices: Collection[str],
+    underlying: Iterable[Underlying],
+    networks: Sequence[IPNetwork],
+    peers: Collection[LeasePart],
+) -> Iterator[Finding]:
+    """Our public IPs must be outside the network, our other addresses of no peer's subnet."""
+    for each in underlying:
+        for network in networks:
+            if each.public_ip in network:
+                yield failure(
+                    f"our public IP {each.public_ip} lies inside the overlay network {network}, so "
+                    "pyflannel-udp on other hosts does not use our lease",
+                    f"set another network in etcd, or another --iface or {_flag(each.public_ip)}",
+                )
+    for interface in interfaces:
+        for found in interface.addresses if interface.name not in devices else ():
+            for part in peers:
+                if found.address in part.subnet:
+                    yield warning(
+                        f"{interface.name} has the address {found.address}/{found.prefixlen}, and "
+                        f"the subnet {part.subnet} is that of {part.public_ip}: of its containers "
+                        "and those here one side is cut off",
+                        f"give {interface.name} an address of this host's subnet, or outside of "
+                        "the network; docs/docker.md tells how Docker gets it",
+                    )
 
 
 async def check_path_mtu(

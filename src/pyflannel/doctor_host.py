@@ -114,12 +114,18 @@ def check_port(port: int, daemon: int | None) -> Iterator[Finding]:
 def check_devices(links: Sequence[Link], devices: Collection[str], port: int) -> Iterator[Finding]:
     """The kernel must have no vxlan device on our port, and nothing else of our devices' names."""
     for link in links:
-        if link.kind == "vxlan" and (link.name in devices or (link.vxlan_port == port and link.up)):
+        if link.kind == "vxlan" and link.name in devices:
             yield failure(
                 f"{link.name} is a kernel vxlan device on UDP port {link.vxlan_port}, left by "
                 "flanneld or in use by it",
                 f"stop flanneld, then `ip link del {link.name}` or start with "
                 "--replace-kernel-device",
+            )
+        elif link.kind == "vxlan" and link.vxlan_port == port and link.up:
+            yield failure(
+                f"{link.name} is a kernel vxlan device on UDP port {port}, which ours needs",
+                f"stop what made it (flanneld?), then `ip link del {link.name}`, or set another "
+                "Backend.Port in etcd",
             )
         elif link.name in devices and link.kind != "tun":
             yield failure(

@@ -68,6 +68,15 @@ async def choose_underlay(
             log.info("Defaulting external address to interface address (%s)", choice.address)
         else:
             log.info("Using %s as external address", told)
+        for subnets in config.ranges:
+            if (told or choice.address) in subnets.network:
+                log.warning(
+                    "%s lies inside the overlay network %s, so pyflannel-udp on other hosts does "
+                    "not use our lease; set another network in etcd, or another --iface or %s",
+                    told or choice.address,
+                    subnets.network,
+                    flag,
+                )
         found.append(Underlying(choice, told or choice.address, overlay_mtu(choice, config)))
     return tuple(found)
 

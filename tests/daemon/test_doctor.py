@@ -431,6 +431,41 @@ def test_leases_that_the_daemon_does_not_use(made: Lab, patient: Host) -> None:
     assert not _amiss(found).keys() & {"path-mtu", "vteps"}
 
 
+def test_addresses_of_the_overlay_that_are_not_ours(made: Lab, patient: Host) -> None:
+    patient.ip("link", "add", "docker0", "type", "bridge")
+    patient.ip("addr", "add", "10.244.200.1/24", "dev", "docker0")
+    try:
+        code, found = _doctor(patient)
+    finally:
+        patient.ip("link", "del", "docker0")
+    assert code == 1
+    (sentence,) = _amiss(found)["addresses"]
+    assert sentence.startswith(
+        "docker0 has the address 10.244.200.1/24, and the subnet 10.244.200.0/24 is that of "
+        f"{made.hosts[2].address}"
+    )
+    code, found = _doctor(patient, "--public-ip", "10.244.9.9")
+    assert code == 2
+    (sentence,) = _amiss(found)["addresses"]
+    assert "our public IP 10.244.9.9 lies inside the overlay network 10.244.0.0/16" in sentence
+    daemon = made.start_daemon(patient, "--public-ip", "10.244.9.9", "--release-lease-on-exit")
+    assert "10.244.9.9 lies inside the overlay network" in patient.log.read_text()
+    patient.stop(daemon)
+
+
+def test_a_kernel_vxlan_device_of_another_name(patient: Host) -> None:
+    patient.ip("link", "add", "vxlan7", "type", "vxlan", "id", "7", "dev", "eth0",
+               "dstport", "8472")  # fmt: skip
+    patient.ip("link", "set", "vxlan7", "up")
+    try:
+        _, found = _doctor(patient)
+    finally:
+        patient.ip("link", "del", "vxlan7")
+    (finding,) = found["devices"]
+    assert finding["sentence"].startswith("vxlan7 is a kernel vxlan device on UDP port 8472")
+    assert "--replace-kernel-device" not in finding["remedy"]  # deletes the device of our name only
+
+
 def test_a_daemon_that_is_not_ready(made: Lab, patient: Host) -> None:
     daemon = patient.processes[made.start_daemon(patient)]
     made.put_config('{"Network":"10.244.0.0/16","Backend":{"Type":"udp"}}')
