@@ -14,6 +14,7 @@ import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from pyflannel.control.vtep_identity import read_machine_id
 from pyflannel.control_socket import NoAnswer, ask, find_socket
 from pyflannel.dataplane.netlink import Netlink
 from pyflannel.dataplane.refusal import Refusal
-from pyflannel.dataplane.route import DEFAULT_PORT, Vni
+from pyflannel.dataplane.route import DEFAULT_PORT, IPAddress, Vni
 from pyflannel.etcd_access import ask_etcd
 from pyflannel.finding import Finding, failure
 from pyflannel.options import Options
@@ -148,7 +149,7 @@ async def examine(command: Command) -> Report:
                 "addresses",
                 cluster.check_addresses(interfaces, devices.values(), underlying, networks, peers),
             )
-            await _check_peers(report, options, underlying, used, daemon is not None)
+            await _check_peers(report, command, underlying, used, daemon is not None)
     return report
 
 
@@ -204,6 +205,16 @@ def _unused(command: Command) -> Mapping[str, str]:
     return unused
 
 
+def _why_not_sent(command: Command, address: IPAddress) -> str | None:
+    """Return why packets to an address do not leave this host, None if they do or nobody knows."""
+    try:
+        path = find_socket(command.options.control_dir, command.vni)
+        answer = ask(path, "trace", address=str(address))
+    except Refusal:
+        return None
+    return None if answer["sent"] else str(answer["why"])
+
+
 def _check_public_ips(
     report: Report,
     options: Options,
@@ -226,7 +237,7 @@ def _check_public_ips(
 
 async def _check_peers(
     report: Report,
-    options: Options,
+    command: Command,
     underlying: Sequence[Underlying],
     leases: Iterable[Lease],
     is_running: bool,
@@ -238,4 +249,9 @@ async def _check_peers(
     reached, findings = await cluster.check_path_mtu(addresses, outer_mtu)
     report.add("path-mtu", findings)
     if is_running:
-        report.add("vteps", await cluster.check_vteps(peers, reached, options.etcd_prefix))
+        report.add(
+            "vteps",
+            await cluster.check_vteps(
+                peers, reached, command.options.etcd_prefix, partial(_why_not_sent, command)
+            ),
+        )

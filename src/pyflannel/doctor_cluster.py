@@ -11,7 +11,7 @@ import http.client
 import shlex
 import ssl
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from urllib.parse import urlsplit
 
@@ -273,17 +273,28 @@ def peers_of(leases: Iterable[Lease], ours: Collection[IPAddress]) -> dict[Lease
 
 
 async def check_vteps(
-    peers: Mapping[LeasePart, Lease], reached: Collection[IPAddress], prefix: str
+    peers: Mapping[LeasePart, Lease],
+    reached: Collection[IPAddress],
+    prefix: str,
+    why_not_sent: Callable[[IPAddress], str | None],
 ) -> list[Finding]:
-    """Ask each peer for an echo over the overlay, at the address of its VTEP."""
+    """Ask each peer for an echo over the overlay, at the address of its VTEP.
+
+    Of some that give none `why_not_sent` is asked whether this host keeps packets to them back.
+    """
     bases = {part.subnet.network_address: part for part in peers}
     answered = await echo(dict.fromkeys(bases, ECHO_BYTES), ECHO_SECONDS)
-    findings = []
+    findings: list[Finding] = []
     for base, part in bases.items():
         if base in answered:
             continue
+        why = why_not_sent(base) if len(findings) < NAMED else None
         where = f"{base}, the VTEP of {part.subnet} at {part.public_ip}, does not answer"
-        if part.public_ip in reached:
+        if why is not None:
+            findings.append(
+                failure(f"{where}: {why}", f"`pyflannel-udp trace {base}` shows its way")
+            )
+        elif part.public_ip in reached:
             findings.append(
                 failure(
                     f"{where} over the overlay, though the host itself does",

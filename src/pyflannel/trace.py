@@ -22,10 +22,9 @@ async def trace(node: Node, address: IPAddress) -> dict[str, Any]:
         raise Refusal("the daemon is still starting; status tells what it waits for")
     kernel = await netlink.route_to(address)
     overlay = next((x for x in node.overlays if kernel and kernel.name == x.device), None)
-    found = next((x for x in (y.context.lookup(address) for y in node.overlays) if x), None)
-    is_direct = bool(found and kernel and kernel.gateway == found.underlay)
-    if overlay is None and not is_direct:
-        found = None
+    known = next((x for x in (y.context.lookup(address) for y in node.overlays) if x), None)
+    is_direct = bool(known and kernel and kernel.gateway == known.underlay)
+    found = None if overlay is None and not is_direct else known
     sender = None if overlay is None else overlay.underlying.choice.address
     below = None if found is None else await netlink.route_to(found.underlay, sender)
     own = keeper.own.subnet
@@ -35,7 +34,9 @@ async def trace(node: Node, address: IPAddress) -> dict[str, Any]:
     elif overlay is None:
         ranges = (subnets.network for subnets in config.ranges)
         network = next((x for x in ranges if x.version == address.version), None)
-        why = _why_not_ours(address, kernel, network, () if own is None else own.parts)
+        why = _why_not_ours(
+            address, kernel, network, () if own is None else own.parts, known, unused
+        )
     else:
         why = _why(address, overlay.device, found, below, unused)
     return {
@@ -68,6 +69,8 @@ def _why_not_ours(
     kernel: Reach | None,
     network: IPNetwork | None,
     own: Sequence[IPNetwork],
+    known: Route | None,
+    unused: Mapping[str, str],
 ) -> str:
     """Return why the kernel does not hand a packet to our device."""
     if kernel is None:
@@ -79,11 +82,13 @@ def _why_not_ours(
             return f"it is in this host's own subnet {subnet}, behind {kernel.name}"
     if network is None:
         return f"the network has no IPv{address.version}, and the kernel sends it by {kernel.name}"
-    if address in network:
+    if known is not None:
         return (
-            f"the kernel sends it by {kernel.name}: no lease holds it, or another route hides the "
-            "overlay's; see `ip route get`"
+            f"the kernel sends it by {kernel.name}: another route or rule hides the overlay's to "
+            f"{known.subnet}; see `ip route get {address}` and `ip rule`"
         )
+    if address in network:
+        return f"the kernel sends it by {kernel.name}: {_why_no_route(address, unused)}"
     return f"it is outside the network {network}, and the kernel sends it by {kernel.name}"
 
 
@@ -96,14 +101,19 @@ def _why(
 ) -> str:
     """Return what becomes of a packet that the kernel hands to our device."""
     if found is None:
-        for key, why in unused.items():
-            if _holds(key, address):
-                return f"dropped (no_route): the lease {key} is not used: {why}"
-        return f"dropped (no_route): the kernel routes it to {device}, but no lease holds it"
+        why = _why_no_route(address, unused)
+        return f"dropped (no_route): the kernel routes it to {device}, but {why}"
     vtep = f"VTEP {found.vtep_mac} at {found.underlay} port {found.port}"
     if below is None:
         return f"dropped (send_unreachable): this host has no route to {vtep}"
     return f"sent to {vtep} by {below.name}"
+
+
+def _why_no_route(address: IPAddress, unused: Mapping[str, str]) -> str:
+    for key, why in unused.items():
+        if _holds(key, address):
+            return f"the lease {key} is not used: {why}"
+    return "no lease holds it"
 
 
 def _holds(key: str, address: IPAddress) -> bool:

@@ -181,6 +181,21 @@ def test_a_peer_that_does_not_answer_over_the_overlay(made: Lab, patient: Host) 
     assert dead["remedy"].endswith(f"etcdctl del {gone}")
 
 
+def test_a_peer_to_which_another_rule_leads(made: Lab, patient: Host) -> None:
+    made.start_daemon(patient)
+    wait_until(lambda: str(KERNEL_SUBNET) in patient.ip("route"), "the kernel node is known")
+    patient.ip("rule", "add", "to", str(KERNEL_SUBNET), "lookup", "77")
+    patient.ip("route", "add", "default", "via", str(SWITCH_ADDRESS), "table", "77")
+    try:
+        code, found = _doctor(patient)
+    finally:
+        patient.ip("rule", "del", "to", str(KERNEL_SUBNET), "lookup", "77")
+        patient.ip("route", "flush", "table", "77")
+    assert code == 2
+    (sentence,) = _amiss(found)["vteps"]
+    assert "another route or rule hides the overlay's to 10.244.200.0/24" in sentence
+
+
 def test_no_tun(patient: Host) -> None:
     hide = ("unshare", "-m", "sh", "-c", 'mount -t tmpfs none /dev/net && exec "$@"', "sh")
     code, found = _doctor(patient, wrapper=hide)

@@ -201,6 +201,26 @@ def test_trace_asks_for_the_way_from_the_address_that_is_sent_from(made: Lab) ->
     assert found["underlay_route"]["gateway"] == str(SWITCH_ADDRESS)
 
 
+def test_trace_of_what_never_comes_to_our_device(made: Lab) -> None:
+    h1, h2 = made.hosts[:2]
+    subnet, unused = _subnet(h2), f"{PREFIX}/subnets/10.244.252.0-24"
+    h1.ip("rule", "add", "to", subnet, "lookup", "77")
+    h1.ip("route", "add", "default", "via", str(SWITCH_ADDRESS), "table", "77")
+    made.etcdctl("put", unused, '{"PublicIP":"127.0.0.1"}')
+    try:
+        found = _ask(h1, "trace", str(container_address(h2)))
+        assert found["sent"] is False
+        assert f"by eth0: another route or rule hides the overlay's to {subnet}" in found["why"]
+        wait_until(
+            lambda: f"{unused} is not used" in _ask(h1, "trace", "10.244.252.9")["why"],
+            "it names the lease",
+        )
+    finally:
+        made.etcdctl("del", unused)
+        h1.ip("rule", "del", "to", subnet, "lookup", "77")
+        h1.ip("route", "flush", "table", "77")
+
+
 def test_trace_of_what_the_kernel_sends_us_and_we_cannot_send_on(made: Lab) -> None:
     h1, h2 = made.hosts[:2]
     made.etcdctl("put", f"{PREFIX}/subnets/10.244.251.0-24", '{"PublicIP":"127.0.0.1"}')
