@@ -30,7 +30,6 @@ _SEND_BUFFER_BYTES = 8 << 20
 _RECEIVE_SOCKETS = 32
 RECEIVE_BUFFER_BYTES = 4 << 20
 """Of each receive socket. The kernel takes up to twice as much memory for what is queued."""
-_HOPS = 64
 
 # asm-generic/socket.h
 _SO_ATTACH_FILTER = 26
@@ -61,17 +60,14 @@ class _Family:
 
 
 # The outer header's ECN arrives as ancillary data (RFC 6040). What is sent is as the kernel's vxlan
-# device sends it: DF clear (the default of a socket sets it), no flow label, and a UDP checksum,
-# which a socket computes unless told otherwise.
+# device sends it: DF clear (the default of a socket sets it), no flow label, and what a socket does
+# unless told otherwise, the host's own TTL and a UDP checksum.
 _FAMILIES = {
     4: _Family(
         socket.AF_INET,
         ("udp", "udp6"),
         receive=((socket.IPPROTO_IP, socket.IP_RECVTOS, 1),),
-        send=(
-            (socket.IPPROTO_IP, _IP_MTU_DISCOVER, _PMTUDISC_DONT),
-            (socket.IPPROTO_IP, socket.IP_TTL, _HOPS),
-        ),
+        send=((socket.IPPROTO_IP, _IP_MTU_DISCOVER, _PMTUDISC_DONT),),
     ),
     6: _Family(
         socket.AF_INET6,
@@ -82,7 +78,6 @@ _FAMILIES = {
         ),
         send=(
             (socket.IPPROTO_IPV6, _IPV6_MTU_DISCOVER, _PMTUDISC_DONT),
-            (socket.IPPROTO_IPV6, socket.IPV6_UNICAST_HOPS, _HOPS),
             (socket.IPPROTO_IPV6, _IPV6_AUTOFLOWLABEL, 0),
         ),
     ),

@@ -94,12 +94,13 @@ def test_it_receives_on_every_address_and_sends_from_its_own(
 
 
 def test_sockets_are_set_as_the_kernels_device_sends(pair: tuple[Namespace, Namespace]) -> None:
+    pair[0].exec("sysctl", "-qw", "net.ipv4.ip_default_ttl=65")
     ours = open_underlay(pair[0])
     try:
         for fd in ours.send_fds:
             assert not os.get_blocking(fd)
             with held(fd) as send:
-                assert send.getsockopt(socket.IPPROTO_IP, socket.IP_TTL) == 64
+                assert send.getsockopt(socket.IPPROTO_IP, socket.IP_TTL) == 65
                 assert send.getsockopt(socket.IPPROTO_IP, 10) == 0  # IP_MTU_DISCOVER: DF is clear
         for fd in ours.receive_fds:
             assert not os.get_blocking(fd)
