@@ -49,7 +49,7 @@ _CREDENTIAL_ERRORS = {
     "unknown_ca": _CERTIFICATE,
     # With TLS 1.3 the client is through with the handshake when the server says no.
     "unwrap failed (tsi_data_corrupted)": _CERTIFICATE,
-    "secure read failed": _CERTIFICATE,  # the same, as grpc 1.73 to 1.79 says it
+    "secure read failed": _CERTIFICATE,  # the same, as grpc 1.73 to 1.78 says it
     "invalid user id or password": "wrong --etcd-username or --etcd-password",
 }
 _WRONG_SCHEME = ("handshake read failed", "socket closed")

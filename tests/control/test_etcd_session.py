@@ -168,7 +168,7 @@ def test_what_an_error_means(code: str, details: str, fault: Fault) -> None:
         ),
         # grpc before 1.81
         ("https", "Socket closed", "if it does not speak TLS, write http://"),
-        # grpc 1.73 to 1.79
+        # grpc 1.73 to 1.78
         ("https", "Secure read failed", "it wants a client certificate"),
     ],
 )

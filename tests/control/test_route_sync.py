@@ -206,17 +206,23 @@ async def test_a_watch_that_is_silent_for_too_long_is_given_up_and_told(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(route_sync, "PROBE_SECONDS", 0.05)
-    monkeypatch.setattr(route_sync, "WATCH_SILENCE_SECONDS", 0.5)
     # Two names of one member, so that leaving it is a move.
     etcd = SilentWatch([*cluster.endpoints, cluster.endpoints[0].replace("127.0.0.1", "localhost")])
+    reconnect = etcd.reconnect
+
+    def reconnect_once(why: str) -> None:
+        monkeypatch.setattr(route_sync, "WATCH_SILENCE_SECONDS", 60.0)
+        reconnect(why)
+
+    monkeypatch.setattr(etcd, "reconnect", reconnect_once)
     follower = Follower(etcd, prefix)
     async with follower.following():
         await put(etcd, prefix, "10.5.2.0-24", value(2))
         await asyncio.sleep(0.2)
         assert follower.subnets == set()
+        monkeypatch.setattr(route_sync, "WATCH_SILENCE_SECONDS", 0.1)
         await until(lambda: follower.subnets == {"10.5.2.0/24"})
         assert follower.sync.view.snapshots == 2
-        monkeypatch.setattr(route_sync, "WATCH_SILENCE_SECONDS", 60.0)
         await until(lambda: follower.sync.view.is_following)
         await marker(etcd, prefix, follower)
     await etcd.close()

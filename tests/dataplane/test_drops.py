@@ -15,7 +15,7 @@ from pyflannel.dataplane.fastpath import Context, Counters
 from pyflannel.dataplane.forwarder import Workers
 from pyflannel.dataplane.offload import EVERY_OFFLOAD, NO_OFFLOAD, Offload
 from tests.dataplane.path import TOGETHER, Node, cabled, expected_of, inputs
-from tests.lab.hosts import Host, ping, wait_until
+from tests.lab.hosts import Host
 from tests.lab.require import require_program
 
 Hosts = tuple[Host, Host]
@@ -47,12 +47,10 @@ def narrow_link(hosts: Hosts) -> Iterator[None]:
 
 
 @contextmanager
-def link_down(hosts: Hosts) -> Iterator[None]:
-    hosts[0].ip("link", "set", hosts[0].iface, "down")
+def no_way(hosts: Hosts) -> Iterator[None]:
+    hosts[0].ip("route", "add", "unreachable", str(hosts[1].address))
     yield
-    hosts[0].ip("link", "set", hosts[0].iface, "up")
-    # Until the neighbour is known the kernel drops some of many packets to it.
-    wait_until(lambda: ping(hosts[0], hosts[1].address), "neighbour")
+    hosts[0].ip("route", "del", "unreachable", str(hosts[1].address))
 
 
 @contextmanager
@@ -65,7 +63,7 @@ def device_down(hosts: Hosts) -> Iterator[None]:
 REFUSALS: list[tuple[Callable[[Hosts], AbstractContextManager[None]], str, str]] = [
     (some_denied, "send_denied", ""),
     (narrow_link, "", ""),
-    (link_down, "send_unreachable", ""),
+    (no_way, "send_unreachable", ""),
     (device_down, "", "tun_down"),
 ]
 
