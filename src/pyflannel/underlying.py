@@ -24,6 +24,9 @@ OVERHEAD_BYTES = {4: 50, 6: 70}
 MTU_MIN_BYTES = {4: 68, 6: 1280}
 """The smallest MTU that a device can have (RFC 791; RFC 8200, section 5)."""
 
+_PACKET_MAX_BYTES = 65535
+"""The longest IPv4 packet (RFC 791), one byte less than what `lo` takes."""
+
 _DEVICE = {4: "flannel", 6: "flannel-v6"}
 
 
@@ -115,7 +118,7 @@ def told_address(options: Options, version: int) -> IPAddress | None:
 
 def overlay_mtu(choice: Choice, config: NetworkConfig) -> int:
     """Return the MTU inside the overlay; Refusal where too little is left (spec section 9.4)."""
-    version, outer = choice.address.version, choice.mtu
+    version, outer = choice.address.version, min(choice.mtu, _PACKET_MAX_BYTES)
     if config.backend.mtu is not None:
         if config.backend.mtu > outer:
             log.warning(

@@ -16,6 +16,7 @@ from tests.lab.kernel_node import program_kernel_node, start_kernel_node
 from tests.lab.require import require_program, require_root
 
 ROUTED = IPv4Address("198.51.100.1"), IPv4Address("198.51.100.2")
+LONGEST = 65535 - 50
 KERNEL_SUBNET = IPv4Network("10.244.200.0/24")
 
 
@@ -38,9 +39,12 @@ def test_packets_leave_by_the_interface_that_the_routes_name(made: Lab) -> None:
     made.put_config()
     ours, kernel = made.hosts
     made.start_daemon(ours)
-    start_kernel_node(made, kernel, KERNEL_SUBNET, "0a:00:00:00:00:03")
+    assert ours.subnet_env()["FLANNEL_MTU"] == str(LONGEST)
+    start_kernel_node(made, kernel, KERNEL_SUBNET, "0a:00:00:00:00:03", mtu=LONGEST)
     program_kernel_node(made, kernel)
     containers = [made.add_container(host) for host in made.hosts]
     wait_until(lambda: str(KERNEL_SUBNET) in ours.ip("route"), "the route to the kernel node")
     assert ping(containers[0], container_address(kernel))
     assert ping(containers[1], container_address(ours))
+    full_size = ("-M", "do", "-s", str(LONGEST - 28))
+    assert ping(containers[0], container_address(kernel), *full_size)
