@@ -36,6 +36,13 @@ SUITES = (
         ("wire", "veth-default"),
     ),
     Suite(
+        "slow",
+        "A link that is slower than its hosts",
+        ("plain", "kernel", "ours", "null", "udp-backend"),
+        ("tcp1", "tcp4", "tcp4-bbr"),
+        ("wire-1g", "wire-100m"),
+    ),
+    Suite(
         "mixed",
         "pyflannel-udp with a node of the kernel's device",
         ("kernel", "ours", "from-kernel", "to-kernel"),

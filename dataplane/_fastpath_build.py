@@ -23,6 +23,7 @@ C_FILES = (
     "gro",
     "gso",
     "lane",
+    "room",
     "send",
     "shift",
     "worker",

@@ -26,7 +26,6 @@ from pyflannel.dataplane.proc_net import (
 from pyflannel.dataplane.refusal import Refusal
 from pyflannel.dataplane.route import IPAddress
 
-_SEND_BUFFER_BYTES = 8 << 20
 _RECEIVE_SOCKETS = 32
 RECEIVE_BUFFER_BYTES = 4 << 20
 """Of each receive socket. The kernel takes up to twice as much memory for what is queued."""
@@ -334,7 +333,6 @@ def _send_socket(family: _Family, interface_name: str, address: IPAddress) -> so
             send.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, interface_name.encode())
         for option in family.send:
             send.setsockopt(*option)
-        _set_buffer(send, _SO_SNDBUFFORCE, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
         # At boot an address may be too young to be bound to; the kernel's device sends from it too.
         if address.version == 6 and is_tentative(address):
             send.setsockopt(socket.IPPROTO_IPV6, _IPV6_FREEBIND, 1)

@@ -32,6 +32,9 @@
 #define PACKET_MAX 65535
 #define BATCH_BYTES (256 * 1024)
 #define READS_PER_BATCH 64
+/* While a socket was full a moment ago: what is read then stands in front of all else. */
+#define SLOW_BATCH_BYTES (32 * 1024)
+#define SLOW_NS (100 * 1000 * 1000ULL)
 #define AHEAD_BYTES (2 * 1024 * 1024)
 #define READS_AHEAD 256
 /* How long a queue counts as mixed after it was seen to be. */
@@ -304,11 +307,16 @@ bool encap_flush(struct encap_side *side)
 	return sent;
 }
 
+static size_t batch_bytes(const struct encap_side *side)
+{
+	return side->now - side->sender.blocked_at < SLOW_NS ? SLOW_BATCH_BYTES : BATCH_BYTES;
+}
+
 /* Read a batch of a queue. Return: 0, or an errno */
 static int read_batch(struct encap_side *side, struct tun_queue *queue, struct batch *batch)
 {
 	unsigned int most = READS_PER_BATCH;
-	size_t bytes = BATCH_BYTES;
+	size_t bytes = batch_bytes(side);
 	int err = 0;
 
 	queue->served = side->now;
@@ -333,9 +341,9 @@ static int read_batch(struct encap_side *side, struct tun_queue *queue, struct b
 /* Put a batch of what waits on the way; where it goes now is looked up anew. */
 static void send_waiting(struct encap_side *side)
 {
-	size_t bytes = 0;
+	size_t most = batch_bytes(side), bytes = 0;
 
-	while (side->backlog.count && bytes < BATCH_BYTES && sender_has_room(&side->sender)) {
+	while (side->backlog.count && bytes < most && sender_has_room(&side->sender)) {
 		struct waiting packet = backlog_take(&side->backlog);
 		struct encap encap;
 

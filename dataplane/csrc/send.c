@@ -75,6 +75,7 @@ static void set_blocked(struct sender *sender, unsigned int index, bool blocked)
 		epoll_ctl(sender->epoll_fd, EPOLL_CTL_ADD, socket->fd, &event);
 		count_up(&sender->counters->sends_blocked, 1);
 		sender->blocked++;
+		sender->blocked_at = now_ns();
 	} else {
 		epoll_ctl(sender->epoll_fd, EPOLL_CTL_DEL, socket->fd, &event);
 		sender->blocked--;
@@ -286,9 +287,26 @@ static void flush_socket(struct sender *sender, unsigned int index)
 	set_blocked(sender, index, false);
 }
 
+/* Full sockets may have room again: see whether it is what they need. */
+static void adapt_rooms(struct sender *sender)
+{
+	bool is_idle = true;
+
+	for (unsigned int i = 0; is_idle && i < sender->sockets; i++)
+		is_idle = !room_left(sender->socket[i].fd);
+	for (unsigned int i = 0; i < sender->sockets; i++) {
+		struct send_socket *socket = &sender->socket[i];
+
+		if (socket->blocked)
+			room_adapt(&socket->room, socket->fd, is_idle);
+	}
+}
+
 /** sender_flush() - Send all that was added. Return: whether everything is out */
 bool sender_flush(struct sender *sender)
 {
+	if (sender->blocked)
+		adapt_rooms(sender);
 	for (unsigned int i = 0; i < sender->sockets; i++) {
 		if (sender->socket[i].first >= 0)
 			flush_socket(sender, i);
@@ -479,7 +497,10 @@ int sender_open(struct sender *sender, const struct fp_io *io, int epoll_fd, uin
 	sender->key = key;
 	sender->segment = io->segment;
 	sender->sockets = (unsigned int)io->send_count;
-	for (unsigned int i = 0; i < sender->sockets; i++)
-		sender->socket[i] = (struct send_socket) { io->send[i], -1, -1, false };
+	for (unsigned int i = 0; i < sender->sockets; i++) {
+		sender->socket[i] =
+			(struct send_socket) { .fd = io->send[i], .first = -1, .last = -1 };
+		room_open(&sender->socket[i].room, io->send[i]);
+	}
 	return 0;
 }

@@ -5,6 +5,7 @@
 #include <sys/socket.h>
 
 #include "context.h"
+#include "room.h"
 
 #define SEND_SOCKETS_MAX 64
 #define SENDS 128
@@ -45,6 +46,7 @@ struct send_socket {
 	int fd;
 	int first, last; /* its sends of this batch, in order; -1 for none */
 	bool blocked;
+	struct room room;
 };
 
 /* Messages that are not sent yet. One thread at a time is in it. */
@@ -55,6 +57,7 @@ struct sender {
 	unsigned int sockets;
 	struct send_socket socket[SEND_SOCKETS_MAX];
 	unsigned int blocked; /* sockets that wait for room */
+	uint64_t blocked_at; /* when one last began to, ns */
 	bool segment;
 	unsigned int pieces, sends;
 	struct piece piece[PIECES];

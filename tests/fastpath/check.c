@@ -89,6 +89,7 @@ int main(int argc, char **argv)
 		return write_corpus(argv[2], atoi(argv[3]));
 	check_checksum();
 	check_backlog();
+	check_room();
 	check_fib();
 	for (size_t i = 0; i < sizeof(invariants) / sizeof(invariants[0]); i++) {
 		for (int number = 0; number < INPUTS; number++) {

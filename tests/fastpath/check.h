@@ -45,6 +45,7 @@ void check_backlog(void);
 void check_checksum(void);
 void check_fib(void);
 void check_handover(void);
+void check_room(void);
 void check_worker(void);
 
 #endif

@@ -158,7 +158,6 @@ static void open_host(struct host *host, bool reads_ahead)
 	HOLDS(socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_NONBLOCK, 0, tun) == 0);
 	HOLDS(socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_NONBLOCK, 0, wire) == 0);
 	setsockopt(tun[0], SOL_SOCKET, SO_SNDBUF, &bytes, sizeof(bytes));
-	setsockopt(wire[1], SOL_SOCKET, SO_SNDBUF, &bytes, sizeof(bytes));
 	host->tun = tun[0];
 	host->queue.fd = tun[1];
 	host->wire = wire[0];
@@ -168,6 +167,7 @@ static void open_host(struct host *host, bool reads_ahead)
 	host->side = calloc(1, sizeof(*host->side));
 	HOLDS(host->ctx && host->side);
 	HOLDS(encap_open(host->side, host->ctx, &io, host->epoll_fd, 0) == 0);
+	setsockopt(host->send, SOL_SOCKET, SO_SNDBUF, &bytes, sizeof(bytes));
 	host->side->reads_ahead = reads_ahead;
 	set_route(host, true);
 }

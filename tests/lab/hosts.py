@@ -56,10 +56,14 @@ NO_SEGMENTATION = ("tso", "off", "gso", "off", "tx-udp-segmentation", "off")
 
 @dataclass(frozen=True)
 class Underlay:
-    """What `ethtool -K` sets on every veth end, and on a cable's ends in addition."""
+    """What `ethtool -K` sets on every veth end, and on a cable's ends in addition.
+
+    A cable carries `rate` in each direction, as tc(8) writes it; all that there is without one.
+    """
 
     every_end: tuple[str, ...]
     cable: tuple[str, ...] = ()
+    rate: str = ""
 
 
 WIRE_SIZED = Underlay(("tx", "off", *NO_SEGMENTATION))
@@ -71,7 +75,11 @@ UNDERLAYS = {
         ("gro", "on"),
     ),
     "wire-nocsum": Underlay(("tx", "off", *NO_SEGMENTATION), ("gro", "on")),
+    "wire-1g": Underlay(("tx", "off", *NO_SEGMENTATION), ("gro", "on"), "1gbit"),
+    "wire-100m": Underlay(("tx", "off", *NO_SEGMENTATION), ("gro", "on"), "100mbit"),
 }
+CABLE_QUEUE = "2m"
+"""What may stand before a cable with a rate, at each end."""
 
 
 @contextmanager
@@ -305,6 +313,9 @@ class Lab:
             host.iface, host.address = "eth1", CABLE[number]
             if self.underlay.cable:
                 host.exec("ethtool", "-K", "eth1", *self.underlay.cable)
+            if self.underlay.rate:
+                shape = ("rate", self.underlay.rate, "burst", "128k", "limit", CABLE_QUEUE)
+                host.exec("tc", "qdisc", "add", "dev", "eth1", "root", "tbf", *shape)
             host.ip("addr", "add", f"{host.address}/{CABLE.prefixlen}", "dev", "eth1")
             host.ip("link", "set", "eth1", "up")
 

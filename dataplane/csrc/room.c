@@ -1,0 +1,69 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * DOC: A short queue in front of a slow link
+ *
+ * What a socket has sent stands in the queue of the network device until that is through with it,
+ * and whatever else leaves by the device waits for it. So a socket gets as much room as keeps the
+ * device busy and no more: what does not fit stays in the TUN queues, where each flow waits for
+ * itself. The rule is that of the kernel's byte queue limits: where all was out before a full
+ * socket was looked at again, the device had nothing to do meanwhile, and twice the room is needed;
+ * where much was left for a while, half of it will do.
+ */
+#define _GNU_SOURCE
+#include "room.h"
+
+#include <linux/sockios.h>
+#include <sys/ioctl.h>
+#include <sys/socket.h>
+
+/* As SO_SNDBUF takes them. The kernel counts twice that, with what a packet costs besides. */
+#define ROOM_MIN (32 * 1024)
+#define ROOM_MAX (8 * 1024 * 1024)
+#define AMPLE_TIMES 64
+
+static void set(int fd, int bytes)
+{
+	/* Without CAP_NET_ADMIN net.core.wmem_max bounds it. */
+	if (setsockopt(fd, SOL_SOCKET, SO_SNDBUFFORCE, &bytes, sizeof(bytes)))
+		setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &bytes, sizeof(bytes));
+}
+
+/** room_open() - Give a socket the least room */
+void room_open(struct room *room, int fd)
+{
+	*room = (struct room) { 0 };
+	set(fd, ROOM_MIN);
+}
+
+/** room_left() - Bytes of a socket that the device is not through with, as the kernel counts them
+ */
+size_t room_left(int fd)
+{
+	int left;
+
+	return ioctl(fd, SIOCOUTQ, &left) ? 0 : (size_t)left;
+}
+
+/**
+ * room_adapt() - A socket that was full may have room again, and nothing was sent since
+ * @room:    Its room
+ * @fd:      Socket
+ * @is_idle: Whether nothing of any socket is left
+ */
+void room_adapt(struct room *room, int fd, bool is_idle)
+{
+	int all;
+	socklen_t size = sizeof(all);
+
+	if (getsockopt(fd, SOL_SOCKET, SO_SNDBUF, &all, &size))
+		return;
+	if (is_idle) {
+		room->ample = 0;
+		if (all / 2 < ROOM_MAX)
+			set(fd, all);
+	} else if (room_left(fd) > (size_t)all / 4 && ++room->ample == AMPLE_TIMES) {
+		room->ample = 0;
+		if (all / 4 >= ROOM_MIN)
+			set(fd, all / 4);
+	}
+}
