@@ -32,7 +32,7 @@
 #define PACKET_MAX 65535
 #define BATCH_BYTES (256 * 1024)
 #define READS_PER_BATCH 64
-/* While a socket was full a moment ago: what is read then stands in front of all else. */
+/* While the link is the slowest part: what is read then stands in front of all else. */
 #define SLOW_BATCH_BYTES (32 * 1024)
 #define SLOW_NS (100 * 1000 * 1000ULL)
 #define AHEAD_BYTES (2 * 1024 * 1024)
@@ -309,7 +309,7 @@ bool encap_flush(struct encap_side *side)
 
 static size_t batch_bytes(const struct encap_side *side)
 {
-	return side->now - side->sender.blocked_at < SLOW_NS ? SLOW_BATCH_BYTES : BATCH_BYTES;
+	return side->now - side->sender.slow_at < SLOW_NS ? SLOW_BATCH_BYTES : BATCH_BYTES;
 }
 
 /* Read a batch of a queue. Return: 0, or an errno */

@@ -75,7 +75,6 @@ static void set_blocked(struct sender *sender, unsigned int index, bool blocked)
 		epoll_ctl(sender->epoll_fd, EPOLL_CTL_ADD, socket->fd, &event);
 		count_up(&sender->counters->sends_blocked, 1);
 		sender->blocked++;
-		sender->blocked_at = now_ns();
 	} else {
 		epoll_ctl(sender->epoll_fd, EPOLL_CTL_DEL, socket->fd, &event);
 		sender->blocked--;
@@ -294,6 +293,8 @@ static void adapt_rooms(struct sender *sender)
 
 	for (unsigned int i = 0; is_idle && i < sender->sockets; i++)
 		is_idle = !room_left(sender->socket[i].fd);
+	if (!is_idle)
+		sender->slow_at = now_ns();
 	for (unsigned int i = 0; i < sender->sockets; i++) {
 		struct send_socket *socket = &sender->socket[i];
 

@@ -57,7 +57,7 @@ struct sender {
 	unsigned int sockets;
 	struct send_socket socket[SEND_SOCKETS_MAX];
 	unsigned int blocked; /* sockets that wait for room */
-	uint64_t blocked_at; /* when one last began to, ns */
+	uint64_t slow_at; /* when one was last full for a link that is busy, ns */
 	bool segment;
 	unsigned int pieces, sends;
 	struct piece piece[PIECES];
