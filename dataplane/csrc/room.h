@@ -7,7 +7,7 @@
 
 /* How much a send socket may have on its way to the wire. */
 struct room {
-	unsigned int ample; /* times in a row that half of it would have done */
+	unsigned int ample; /* times that half would have done, since all was too little */
 };
 
 void room_open(struct room *room, int fd);
