@@ -147,6 +147,11 @@ class Lease:
             return None
         return LeasePart(self.subnet.ipv6, told.public_ipv6, told.vtep_v6)
 
+    def entry(self, key: bytes) -> KeyValue:
+        """Return what etcd has under its key, as far as we know it."""
+        value = self.attributes.to_json()
+        return KeyValue(key, value, self.create_revision, self.mod_revision, 1, self.etcd_lease)
+
 
 def text_of(octets: bytes) -> str:
     """Return a key or value for people to read: on one line, and nothing steers their terminal.

@@ -150,9 +150,7 @@ class LeaseKeeper:
         lease = self._lease
         assert lease is not None
         key = lease_key(self._prefix, lease.subnet).encode()
-        value = lease.attributes.to_json()
-        kv = KeyValue(key, value, lease.create_revision, lease.mod_revision, 1, lease.etcd_lease)
-        return kv, self._expires_at
+        return lease.entry(key), self._expires_at
 
     def take_over(self, lease: Lease, expires_at: float | None) -> Lease:
         """Go on with the lease of the process before us; what it tells may have changed since."""

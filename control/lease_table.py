@@ -164,7 +164,7 @@ class LeaseTable:
         """
         ends: dict[bytes, float | None] = {key: end - now for key, end in self._unconfirmed.items()}
         ends |= dict.fromkeys(self._bad.keys() & self._leases.keys())
-        return tuple((_key_value(key, self._leases[key]), end) for key, end in ends.items())
+        return tuple((self._leases[key].entry(key), end) for key, end in ends.items())
 
     def keep(
         self, entries: Iterable[tuple[KeyValue, float | None]], now: float
@@ -295,11 +295,6 @@ class LeaseTable:
             and lease.subnet.ipv4 == self._own_subnet.ipv4
             and lease.attributes.public_ip in self._own_public_ips
         )
-
-
-def _key_value(key: bytes, lease: Lease) -> KeyValue:
-    value = lease.attributes.to_json()
-    return KeyValue(key, value, lease.create_revision, lease.mod_revision, 1, lease.etcd_lease)
 
 
 def _is_foreign(lease: Lease) -> bool:

@@ -32,7 +32,6 @@ RECEIVE_BUFFER_BYTES = 4 << 20
 
 # asm-generic/socket.h
 _SO_ATTACH_FILTER = 26
-_SO_SNDBUFFORCE = 32
 _SO_RCVBUFFORCE = 33
 # linux/udp.h
 _UDP_SEGMENT = 103
@@ -126,8 +125,8 @@ class Underlay:
 
         The family of `address` is that of all sockets. The kernel's routes choose by which
         interface is sent, unless `address` is an IPv6 link-local one, which means nothing without
-        its own. What is in `inherited` is used instead of
-        binding anew, so nothing queued in it is lost.
+        its own. What is in `inherited` is used instead of binding anew, so nothing queued in it is
+        lost.
 
         `vxlan_devices` names the kernel vxlan devices that are up on `port`; they are named in
         the refusal when the port is taken. `offload` None uses Offload.GSO and Offload.GRO where
@@ -388,13 +387,6 @@ def _udp_socket(family: _Family) -> socket.socket:
         ) from None
 
 
-def _set_buffer(udp: socket.socket, forced: int, limited: int, size: int) -> None:
-    try:
-        udp.setsockopt(socket.SOL_SOCKET, forced, size)
-    except PermissionError:
-        udp.setsockopt(socket.SOL_SOCKET, limited, size)
-
-
 def _receive_buffer(udp: socket.socket) -> int:
     # The kernel doubles what it is asked for, and tells that.
     return udp.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) // 2
@@ -402,8 +394,12 @@ def _receive_buffer(udp: socket.socket) -> int:
 
 def _widen(receive: socket.socket) -> None:
     """Give a receive socket its buffer, also one that was opened when less was granted."""
-    if _receive_buffer(receive) < RECEIVE_BUFFER_BYTES:
-        _set_buffer(receive, _SO_RCVBUFFORCE, socket.SO_RCVBUF, RECEIVE_BUFFER_BYTES)
+    if _receive_buffer(receive) >= RECEIVE_BUFFER_BYTES:
+        return
+    try:
+        receive.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, RECEIVE_BUFFER_BYTES)
+    except PermissionError:
+        receive.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER_BYTES)
 
 
 def grantable_receive_buffer() -> int:

@@ -195,24 +195,24 @@ def _check_host(
         report.add("ipv6", host.check_ipv6())
 
 
+def _ask(command: Command, request: str, **arguments: Any) -> Any:
+    """Return what the running daemon answers, None where there is none or it does not tell."""
+    try:
+        return ask(find_socket(command.options.control_dir, command.vni), request, **arguments)
+    except Refusal:
+        return None
+
+
 def _unused(command: Command) -> Mapping[str, str]:
     """Return the reason by key for leases that the daemon does not use, as far as it tells."""
-    try:
-        answer = ask(find_socket(command.options.control_dir, command.vni), "leases")
-    except Refusal:
-        return {}
-    unused: Mapping[str, str] = answer["unused"]
-    return unused
+    answer = _ask(command, "leases")
+    return {} if answer is None else answer["unused"]
 
 
 def _why_not_sent(command: Command, address: IPAddress) -> str | None:
     """Return why packets to an address do not leave this host, None if they do or nobody knows."""
-    try:
-        path = find_socket(command.options.control_dir, command.vni)
-        answer = ask(path, "trace", address=str(address))
-    except Refusal:
-        return None
-    return None if answer["sent"] else str(answer["why"])
+    answer = _ask(command, "trace", address=str(address))
+    return None if answer is None or answer["sent"] else str(answer["why"])
 
 
 def _check_public_ips(
