@@ -213,16 +213,29 @@ async def test_a_frozen_etcd_is_noticed_by_a_request_and_its_watch_ends(folder: 
 
 @contextlib.asynccontextmanager
 async def slow(target: str, delays: Callable[[], Iterator[float]]) -> AsyncIterator[str]:
-    """Stand before an endpoint; each connection has what etcd says held back so many seconds."""
+    """Stand before an endpoint; what etcd says arrives so many seconds later, piece by piece."""
     host, _, port = target.removeprefix("http://").partition(":")
 
     async def pump(
         reader: asyncio.StreamReader, writer: asyncio.StreamWriter, seconds: Iterator[float]
     ) -> None:
-        while octets := await reader.read(65536):
-            await asyncio.sleep(next(seconds))
-            writer.write(octets)
-        writer.close()
+        under_way: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue()
+
+        async def depart() -> None:
+            octets = b"not read yet"
+            while octets:
+                octets = await reader.read(65536)
+                under_way.put_nowait((time.monotonic() + next(seconds), octets))
+
+        async def arrive() -> None:
+            octets = b"not here yet"
+            while octets:
+                due, octets = await under_way.get()
+                await asyncio.sleep(due - time.monotonic())
+                writer.write(octets)
+            writer.close()
+
+        await asyncio.gather(depart(), arrive())
 
     async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         etcd_reader, etcd_writer = await asyncio.open_connection(host, port)
@@ -240,7 +253,7 @@ async def slow(target: str, delays: Callable[[], Iterator[float]]) -> AsyncItera
 async def test_a_slow_etcd_gets_more_time(
     cluster: EtcdCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each answer takes longer than the first patience, though the connection stands."""
+    """Each answer takes longer than twice the first patience, though the connection stands."""
     monkeypatch.setattr(etcd_connection, "REQUEST_SECONDS", 1.0)
 
     connections = 0
@@ -248,7 +261,7 @@ async def test_a_slow_etcd_gets_more_time(
     def all_but_the_first_words() -> Iterator[float]:
         nonlocal connections
         connections += 1
-        return itertools.chain([0.0], itertools.repeat(1.5))
+        return itertools.chain([0.0], itertools.repeat(2.5))
 
     async with slow(cluster.endpoints[0], all_but_the_first_words) as endpoint:
         etcd = Etcd([endpoint])
