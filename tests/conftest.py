@@ -6,9 +6,14 @@ import os
 import signal
 
 import pytest
+from hypothesis import settings
 
 # The daemon is started some two hundred times: it shall be compiled once.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+# How long an example takes is up to who else runs on the machine.
+settings.register_profile("any machine", deadline=None)
+settings.load_profile("any machine")
 
 
 def pytest_configure() -> None:

@@ -57,7 +57,7 @@ def mutations(draw: st.DrawFn, seeds: tuple[bytes, ...]) -> bytes:
         max_size=10,
     )
 )
-@settings(max_examples=1_000, deadline=None)
+@settings(max_examples=1_000)
 def test_no_mutation_removes_a_good_peer(
     events: list[tuple[bytes, bytes, bool, int]],
 ) -> None:

@@ -7,7 +7,7 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pyflannel.control import lease_table
@@ -384,7 +384,6 @@ _VALUES = st.sampled_from(
     part=st.integers(1, 3),
     events=st.lists(st.tuples(_KEYS, _VALUES, st.booleans()), max_size=10),
 )
-@settings(deadline=None)
 def test_a_first_snapshot_in_parts_takes_no_route_back_and_ends_as_a_whole_one(
     entries: dict[str, tuple[bytes, int]], part: int, events: list[tuple[str, bytes, bool]]
 ) -> None:
@@ -437,7 +436,6 @@ def test_conflicts_that_come_at_once_are_settled_once(
     events=st.lists(st.tuples(_KEYS, _VALUES, st.booleans()), max_size=30),
     at_once=st.integers(1, 10),
 )
-@settings(deadline=None)
 def test_events_lead_where_a_snapshot_would(
     events: list[tuple[str, bytes, bool]], at_once: int
 ) -> None:

@@ -11,7 +11,7 @@ from ipaddress import IPv4Address, IPv4Network
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pyflannel.dataplane.route import IPAddress, IPNetwork
@@ -113,7 +113,6 @@ _STEPS = st.lists(st.one_of(_CHANGES, st.sampled_from(["turn", "look"])), max_si
 
 
 @given(steps=_STEPS)
-@settings(deadline=None)
 def test_whatever_comes_meanwhile_the_last_word_is_written(steps: list[Any]) -> None:
     async def play() -> None:
         node = Node()

@@ -206,7 +206,7 @@ def test_ecn_through_the_tunnel(inner_ecn: int, outer_ecn: int) -> None:
     mode=st.sampled_from(["enforce", "off"]),
     ignore=st.booleans(),
 )
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=1500)
 def test_decapsulation_equals_the_twin(
     octets: bytes, source: str, tos: int, mode: str, ignore: bool
 ) -> None:
@@ -222,7 +222,7 @@ def test_decapsulation_equals_the_twin(
     length=st.integers(20, 1450),
     tos=st.integers(0, 255),
 )
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=1000)
 def test_encapsulation_equals_the_twin(
     position: int, junk: bytes, destination: str, length: int, tos: int
 ) -> None:

@@ -151,7 +151,7 @@ def test_ecn_through_the_tunnel(inner_ecn: int, outer_ecn: int) -> None:
     tos=st.integers(0, 255),
     mode=st.sampled_from(["enforce", "off"]),
 )
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=1000)
 def test_decapsulation_equals_the_twin(octets: bytes, source: str, tos: int, mode: str) -> None:
     with context(AntiSpoofing[mode.upper()]) as made:
         got = decapsulate(made, octets, IPv6Address(source), tos)
@@ -167,7 +167,7 @@ def test_decapsulation_equals_the_twin(octets: bytes, source: str, tos: int, mod
     length=st.integers(40, 1430),
     tc=st.integers(0, 255),
 )
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=1000)
 def test_encapsulation_equals_the_twin(
     position: int, junk: bytes, destination: str, length: int, tc: int
 ) -> None:

@@ -24,7 +24,7 @@ from tests.dataplane import twin_segments as twin
 from tests.dataplane.packets import Packet, body
 from tests.dataplane.twin_segments import ACK, CWR, ECE, FIN, PSH, SYN, Vnet
 
-REPEATABLE = settings(derandomize=True, deadline=None)
+REPEATABLE = settings(derandomize=True)
 
 V4 = Packet()
 V6 = Packet(source=bytes.fromhex("20010db8" + "00" * 12), destination=bytes(15) + b"\x09")
