@@ -20,8 +20,8 @@ from tests.lab.hosts import (
     Host,
     Lab,
     container_address,
+    is_reached,
     lab,
-    ping,
     wait_until,
 )
 from tests.lab.kernel_node import program_kernel_node, start_kernel_node
@@ -68,7 +68,7 @@ def test_direct_routing(made: Lab) -> None:
     assert f"{FAR} via {FAR.split('/')[0]} dev flannel.1 onlink" in h1.ip("route")
 
     before = _encapsulated(h1)
-    assert ping(containers[0], container_address(h2))
+    assert is_reached(containers[0], container_address(h2))
     assert _encapsulated(h1) == before
 
     # The other side may see things differently: what it encapsulates is accepted all the same.
@@ -77,7 +77,7 @@ def test_direct_routing(made: Lab) -> None:
     h2.ip("route", "add", *far_side)
     wait_until(lambda: back in h2.ip("route"), "the other side encapsulates", 5)
     before = _encapsulated(h2)
-    assert ping(containers[0], container_address(h2))
+    assert is_reached(containers[0], container_address(h2))
     assert _encapsulated(h2) > before
     assert direct in h1.ip("route")
     h2.ip("route", "del", *far_side)
@@ -86,7 +86,7 @@ def test_direct_routing(made: Lab) -> None:
     h1.ip("route", "add", *detour)
     wait_until(lambda: encapsulated in h1.ip("route"), "the peer is behind a gateway now", 5)
     assert direct not in h1.ip("route")
-    assert ping(containers[0], container_address(h2))
+    assert is_reached(containers[0], container_address(h2))
     h1.ip("route", "del", *detour)
     wait_until(lambda: direct in h1.ip("route"), "the peer is on our link again", 5)
     h1.ip("link", "set", "eth0", "down")
@@ -129,8 +129,8 @@ def test_vni_port_and_mtu_with_a_kernel_node_as_in_the_golden_files(made: Lab) -
     assert h1.subnet_env()["FLANNEL_MTU"] == "1350"
     assert json.loads(h1.ip("-j", "link", "show", "flannel.42"))[0]["mtu"] == 1350
     assert "0.0.0.0:4789" in h1.exec("ss", "-lun")
-    assert ping(ours, container_address(kernel), "-M", "do", "-s", "1322")
-    assert ping(theirs, container_address(h1), "-M", "do", "-s", "1322")
+    assert is_reached(ours, container_address(kernel), "-M", "do", "-s", "1322")
+    assert is_reached(theirs, container_address(h1), "-M", "do", "-s", "1322")
     (note,) = [x for x in h1.log.read_text().splitlines() if "Learning is ignored" in x]
     assert note.startswith("W")
 

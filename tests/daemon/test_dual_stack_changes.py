@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 
 from tests.lab.flows import flows
-from tests.lab.hosts import PREFIX, Host, Lab, container_address, lab, ping, wait_until
+from tests.lab.hosts import PREFIX, Host, Lab, container_address, is_reached, lab, ping, wait_until
 from tests.lab.require import require_program, require_root
 from tests.lab.supervisor import Supervisor
 
@@ -232,7 +232,7 @@ def test_sighup_changes_nothing_where_nothing_has_changed(nodes: Lab) -> None:
     assert "verbosity 0 as before" in last
     assert "the network configuration is as before" in last
     assert _state(nodes, host) == before
-    assert _reaches(nodes)
+    wait_until(lambda: _reaches(nodes), "pings")
 
 
 def test_restart_keeps_macs_subnets_and_routes(nodes: Lab) -> None:
@@ -367,7 +367,7 @@ def test_an_mtu_too_small_for_ipv6_leaves_ipv4_at_work(nodes: Lab) -> None:
     host.ip("link", "set", "eth0", "mtu", "1340")
     try:
         wait_until(lambda: "leaves 1270 bytes for packets" in _reason(host), "told", LIMIT_SECONDS)
-        assert ping(host.container, container_address(peer), "-M", "do", "-s", "1262")
+        assert is_reached(host.container, container_address(peer), "-M", "do", "-s", "1262")
     finally:
         host.ip("link", "set", "eth0", "mtu", "1500")
     wait_until(

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.lab import without_nfnetlink
-from tests.lab.hosts import SWITCH_ADDRESS, Host, Lab, lab, ping, wait_until
+from tests.lab.hosts import SWITCH_ADDRESS, Host, Lab, is_reached, lab, ping, wait_until
 from tests.lab.require import require_program, require_root
 
 DATA = Path(__file__).parent.parent / "dataplane" / "data"
@@ -150,7 +150,7 @@ def test_container_is_masqueraded(made: Lab, host: Host, kind: str) -> None:
     assert not ping(container, SWITCH_ADDRESS)
     host.stop(0)
     _start(made, host, kind, "--ip-masq")
-    assert ping(container, SWITCH_ADDRESS)
+    assert is_reached(container, SWITCH_ADDRESS)
 
 
 @pytest.mark.parametrize("kind", ["nf_tables", "legacy"], indirect=True)
@@ -158,7 +158,7 @@ def test_forward_chain_accepts_behind_a_policy_of_drop(made: Lab, host: Host, ki
     host.exec("iptables-legacy" if kind == "legacy" else "iptables-nft", "-P", "FORWARD", "DROP")
     index = _start(made, host, kind, "--ip-masq")
     container = host.container or made.add_container(host)
-    assert ping(container, SWITCH_ADDRESS)
+    assert is_reached(container, SWITCH_ADDRESS)
     host.stop(index)
     index = _start(made, host, kind, "--ip-masq", "--iptables-forward-rules=false")
     assert "FLANNEL-FWD" not in _rules(host, kind)

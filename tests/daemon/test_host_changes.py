@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.lab.hosts import Host, Lab, container_address, freeze, lab, ping, wait_until
+from tests.lab.hosts import Host, Lab, container_address, freeze, is_reached, lab, ping, wait_until
 from tests.lab.require import require_program, require_root
 
 pytestmark = pytest.mark.alone
@@ -178,7 +178,7 @@ def test_smaller_mtu_on_the_way_to_a_peer_becomes_that_of_its_route(nodes: Lab) 
     refused = host.container.exec("ping", "-c", "1", "-M", "do", "-s", "1300", target, check=False)
     assert f"From {host.subnet_env()['FLANNEL_SUBNET'].split('/')[0]}" in refused
     assert "mtu = 1250" in refused
-    assert ping(host.container, container_address(peer), "-M", "do", "-s", "1222")
+    assert is_reached(host.container, container_address(peer), "-M", "do", "-s", "1222")
     _within_a_second(lambda: host.ip("route", "del", *way), lambda: _state(host) == before)
 
 

@@ -25,6 +25,7 @@ from tests.lab.hosts import (
     Lab,
     Namespace,
     container_address,
+    is_reached,
     lab,
     ping,
     wait_until,
@@ -109,7 +110,7 @@ def test_the_kernel_sends_no_checksum_and_we_send_one(made: Lab) -> None:
     ours, kernel = made.hosts
     seen = {}
     with tap(ours, "eth0") as wire:
-        assert ping(source, target)
+        assert is_reached(source, target)
         for frame in wire.vxlan_frames(PORT, 2):
             sender = IPv4Address(frame[26:30])
             seen[sender] = frame[UDP_HEADER][6:8]
@@ -121,14 +122,14 @@ def test_the_kernel_sends_no_checksum_and_we_send_one(made: Lab) -> None:
 
 def test_full_size_with_df_both_ways(made: Lab) -> None:
     for source, target in ends(made):
-        assert ping(source, target, "-M", "do", "-s", "1422")
+        assert is_reached(source, target, "-M", "do", "-s", "1422")
     assert receive_errors(made.hosts[1]) == 0
 
 
 def test_oversize_without_df_is_fragmented_inside(made: Lab) -> None:
     for source, target in ends(made):
         for size in ("1423", "4000", "20000"):
-            assert ping(source, target, "-M", "dont", "-s", size), size
+            assert is_reached(source, target, "-M", "dont", "-s", size), size
     assert receive_errors(made.hosts[1]) == 0
 
 
@@ -143,7 +144,7 @@ def test_oversize_with_df_is_told_the_mtu_by_either_host(made: Lab) -> None:
         assert re.search(r"(?i)frag needed and df set \(mtu = 1450\)", answer), answer
         source.ip("route", "flush", "cache")
         source.ip("link", "set", "eth0", "mtu", "1450")
-        assert ping(source, target, "-M", "do", "-s", "1422")
+        assert is_reached(source, target, "-M", "do", "-s", "1422")
 
 
 @pytest.mark.alone
@@ -175,7 +176,7 @@ def test_the_kernel_nodes_mac_changes_while_packets_flow(made: Lab) -> None:
             program_kernel_node(made, kernel, vni=VNI)
             wait_until(partial(is_sent_to, made, mac), "we send to the new MAC")
             for _ in range(20):
-                assert ping(source, target)
+                assert is_reached(source, target)
         sent, lost = counts
         assert sent > 5
         # What was sent to a MAC that was not there, and while the neighbours were missing.
@@ -206,7 +207,7 @@ def test_our_mac_changes(made: Lab) -> None:
     (data,) = [x["BackendData"] for x in after.values() if x["PublicIP"] == str(ours.address)]
     assert data == {"VNI": VNI, "VtepMAC": "0a:00:00:00:00:21"}
     program_kernel_node(made, kernel, vni=VNI)
-    assert answered(made)
+    wait_until(lambda: answered(made), "pings")
 
 
 def test_the_kernel_node_is_made_anew(made: Lab) -> None:
@@ -227,7 +228,7 @@ def test_a_deleted_lease_takes_its_routes_and_comes_back(made: Lab) -> None:
     assert not ping(source, target)
     made.etcdctl("put", KERNEL_KEY, value)
     wait_until(lambda: KERNEL_ROUTE in ours.ip("route"), "the route is back")
-    assert answered(made)
+    wait_until(lambda: answered(made), "pings")
 
 
 def test_odd_neighbours_change_nothing(made: Lab) -> None:
@@ -253,7 +254,7 @@ def test_odd_neighbours_change_nothing(made: Lab) -> None:
     made.etcdctl("del", f"{PREFIX}/subnets/10.244.91.0-24")
     wait_until(lambda: ours.ip("route") == routes, "the routes are as before")
     made.etcdctl("put", f"{PREFIX}/subnets/{own}", json.dumps(leases[own], separators=(",", ":")))
-    assert answered(made)
+    wait_until(lambda: answered(made), "pings")
     assert made.leases() == leases
     assert "Traceback" not in Path(ours.log).read_text()
     assert ours.processes[-1].poll() is None

@@ -10,7 +10,14 @@ from ipaddress import IPv4Network
 
 import pytest
 
-from tests.lab.hosts import SWITCH_ADDRESS, Lab, container_address, lab, ping, wait_until
+from tests.lab.hosts import (
+    SWITCH_ADDRESS,
+    Lab,
+    container_address,
+    is_reached,
+    lab,
+    wait_until,
+)
 from tests.lab.kernel_node import program_kernel_node, start_kernel_node
 from tests.lab.require import require_program, require_root
 
@@ -57,8 +64,8 @@ def test_host_behind_nat(made: Lab) -> None:
     (lease,) = [x for key, x in made.leases().items() if not key.startswith("10.244.200.")]
     assert lease["PublicIP"] == PUBLIC
     assert PUBLIC in h2.exec("bridge", "fdb", "show", "dev", "flannel.1")
-    assert ping(containers[0], container_address(h2))
-    assert ping(containers[1], container_address(h1))
+    assert is_reached(containers[0], container_address(h2))
+    assert is_reached(containers[1], container_address(h1))
     (line,) = [x for x in h1.log.read_text().splitlines() if "Chose eth0" in x]
     assert f"sending from {h1.address}" in line
     assert f"peers are told {PUBLIC} (--public-ip)" in line

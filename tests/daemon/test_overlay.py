@@ -22,6 +22,7 @@ from tests.lab.hosts import (
     Lab,
     Namespace,
     container_address,
+    is_reached,
     lab,
     ping,
     wait_until,
@@ -75,7 +76,7 @@ def test_every_container_reaches_every_other(overlay: Lab) -> None:
 def test_full_size_packet_with_df_passes_and_one_byte_more_does_not(overlay: Lab) -> None:
     for host, container in _containers(overlay)[:2]:
         target = container_address(overlay.hosts[2])
-        assert ping(container, target, "-M", "do", "-s", "1422"), host.name
+        assert is_reached(container, target, "-M", "do", "-s", "1422"), host.name
         assert not ping(container, target, "-M", "do", "-s", "1423")
 
 

@@ -11,7 +11,7 @@ from ipaddress import IPv4Address, IPv4Network
 
 import pytest
 
-from tests.lab.hosts import Lab, container_address, lab, ping, wait_until
+from tests.lab.hosts import Lab, container_address, is_reached, lab, wait_until
 from tests.lab.kernel_node import program_kernel_node, start_kernel_node
 from tests.lab.require import require_program, require_root
 
@@ -44,7 +44,7 @@ def test_packets_leave_by_the_interface_that_the_routes_name(made: Lab) -> None:
     program_kernel_node(made, kernel)
     containers = [made.add_container(host) for host in made.hosts]
     wait_until(lambda: str(KERNEL_SUBNET) in ours.ip("route"), "the route to the kernel node")
-    assert ping(containers[0], container_address(kernel))
-    assert ping(containers[1], container_address(ours))
+    assert is_reached(containers[0], container_address(kernel))
+    assert is_reached(containers[1], container_address(ours))
     full_size = ("-M", "do", "-s", str(LONGEST - 28))
-    assert ping(containers[0], container_address(kernel), *full_size)
+    assert is_reached(containers[0], container_address(kernel), *full_size)

@@ -303,7 +303,7 @@ def test_reload_that_fails_says_why_and_changes_nothing(nodes: Lab) -> None:
         nodes.put_config()
     assert "the successor ended with code 1, so this process goes on" in said
     assert [(x.lost, x.duplicate, x.reordered) for x in counts] == [(0, 0, 0)] * 2, counts
-    assert _reaches(nodes)
+    wait_until(lambda: _reaches(nodes), "pings")
 
 
 def test_a_takeover_after_etcd_was_wiped_keeps_the_peers_that_it_lost(nodes: Lab) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.lab.hosts import Host, Lab, container_address, lab, ping
+from tests.lab.hosts import Host, Lab, container_address, is_reached, lab
 from tests.lab.require import require_program, require_root
 
 pytestmark = pytest.mark.alone
@@ -90,7 +90,7 @@ def test_it_needs_no_right_outside(made: Lab) -> None:
     assert its != mine
     for source, target in ((here, there), (there, here)):
         assert source.container is not None
-        assert ping(source.container, container_address(target))
+        assert is_reached(source.container, container_address(target))
     assert "FLANNEL-POSTRTG" in there.exec("iptables-save")
 
 

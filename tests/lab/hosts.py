@@ -46,6 +46,7 @@ SWITCH_ADDRESS_V6 = UNDERLAY_V6[1]
 SWITCH_MAC = "02:00:00:00:00:01"
 LEASES_BASE, UNREACHED_BASE = IPv4Address("10.16.0.0"), IPv4Address("198.18.0.1")
 DEADLINE_SECONDS = 30.0
+LOOK_SECONDS = 0.25
 SUBNET_VARIABLES = {4: "FLANNEL_SUBNET", 6: "FLANNEL_IPV6_SUBNET"}
 MAX_TXN_PUTS = 128  # etcd's own default limit
 # A member without others elects itself, up to a second late unless told otherwise.
@@ -120,12 +121,19 @@ def run(*command: str, check: bool = True) -> str:
 
 
 def wait_until(condition: Callable[[], bool], what: str, seconds: float = DEADLINE_SECONDS) -> None:
-    """Poll until a condition holds; AssertionError naming `what` otherwise."""
-    deadline = time.monotonic() + seconds
+    """Poll until a condition holds; AssertionError naming `what` otherwise.
+
+    A look counts as LOOK_SECONDS at most: what it takes longer, because the machine stalls or is
+    slow, is not part of the time that is allowed.
+    """
+    left, before = seconds, time.monotonic()
     while not condition():
-        if time.monotonic() > deadline:
+        if left < 0:
             raise AssertionError(f"after {seconds:.0f} s still not: {what}")
         time.sleep(0.05)
+        now = time.monotonic()
+        left -= min(now - before, LOOK_SECONDS)
+        before = now
 
 
 def freeze(process: subprocess.Popen[bytes]) -> None:
@@ -183,7 +191,7 @@ class Namespace:
         if process.poll() is None:
             process.send_signal(number)
         try:
-            return process.wait(10)
+            return process.wait(DEADLINE_SECONDS)
         except subprocess.TimeoutExpired:
             process.kill()
             return process.wait()
@@ -525,3 +533,8 @@ def ping(source: Namespace, address: IPAddress, *flags: Sequence[str] | str) -> 
     return "1 received" in source.exec(
         "ping", "-c", "1", "-W", "1", *words, str(address), check=False
     )
+
+
+def is_reached(source: Namespace, address: IPAddress, *flags: Sequence[str] | str) -> bool:
+    """Whether one of a few pings is answered; while the machine stalls, some may be too late."""
+    return any(ping(source, address, *flags) for _ in range(5))
