@@ -324,11 +324,18 @@ static void *send_flows(void *argument)
  */
 static void settle(struct load *load)
 {
-	uint64_t last = UINT64_MAX;
+	uint64_t last = 0;
 
-	while (load->counts.received != load->sent && load->counts.received != last) {
-		last = load->counts.received;
-		sleep_ns((uint64_t)load->options.settle_ms * 1000000ull);
+	/* Slept milliseconds are counted: while the machine stalls, nothing can arrive. */
+	for (int silent = 0; silent < load->options.settle_ms; silent++) {
+		uint64_t received = load->counts.received;
+
+		if (received == load->sent)
+			return;
+		if (received != last)
+			silent = 0;
+		last = received;
+		sleep_ns(1000000);
 	}
 }
 

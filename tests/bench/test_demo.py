@@ -67,7 +67,7 @@ def run_demo(stop_at: str, stop: Callable[[subprocess.Popen[str]], None], path: 
             stop(demo)
     demo.wait(60)
     (tag,) = re.findall(r"\((pfu-\w+)-sw\)", "\n".join(lines))
-    wait_until(lambda: not left_behind(tag, demo.pid), "nothing is left of the demo", 5)
+    wait_until(lambda: not left_behind(tag, demo.pid), "nothing is left of the demo")
     return [*lines, f"exit code {demo.returncode}"]
 
 

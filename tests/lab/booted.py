@@ -83,7 +83,7 @@ exec env -i container=lab PATH=/usr/sbin:/usr/bin:/sbin:/bin \
 
 REMOVE = """
 mount -t cgroup2 cgroup2 "$1"
-for _ in $(seq 200); do
+for _ in $(seq 600); do
   [ ! -e "$1/$2" ] || find "$1/$2" -depth -type d -exec rmdir {} + 2>/dev/null
   [ -e "$1/$2" ] || exit 0
   sleep 0.05

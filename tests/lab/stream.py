@@ -1,8 +1,8 @@
 """A stream of 100 datagrams a second to an echo, run as a program inside two containers.
 
 `stream.py echo PORT` answers; `stream.py ADDRESS PORT` sends, writes the number of each answer to
-standard output as it comes, and at SIGTERM, when the last have had a second to come back, how many
-were sent.
+standard output as it comes, and at SIGTERM, when all have come back or the last have had some
+seconds for it, how many were sent.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 import time
 
 INTERVAL_SECONDS = 0.01
-LAST_SECONDS = 1.0
+LAST_SECONDS = 5.0
 
 
 def echo(port: int) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 FDS_MAX = 253
 OUT_OF_THE_WAY = 500
-START_SECONDS = 10.0
+START_SECONDS = 30.0
 
 
 class Supervisor:

@@ -146,14 +146,14 @@ def _supervise(name: str, unit: dict[str, list[str]]) -> None:
         _pid_file(name).write_text(str(main))
         ended: set[int] = set()
         while main not in ended:
-            # All that was said first: a successor is named before its predecessor ends.
+            # Then all that was said: a successor is named before its predecessor ends.
+            ended |= set(_reaped())
             for line in _said(notify):
                 if line == "READY=1":
                     (STARTED / f"{name}.ready").touch()
                 elif line.startswith("MAINPID="):
                     main = int(line.partition("=")[2])
                     _pid_file(name).write_text(str(main))
-            ended |= set(_reaped())
     _pid_file(name).unlink()
     os._exit(0)
 

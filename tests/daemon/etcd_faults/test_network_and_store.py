@@ -36,8 +36,7 @@ def test_one_member_is_cut_off_from_the_others(faults: Faults) -> None:
         with cut(member, *others):
             more(600)
             subnet = faults.put_peer(not_at=faults.cluster.members[0])
-            for host in faults.nodes:
-                faults.wait_for_route(host, subnet, 10)
+            faults.wait_for_route(subnet, seconds=10)
         faults.followed()
 
 
@@ -48,7 +47,7 @@ def test_history_is_compacted_while_a_node_is_away(faults: Faults) -> None:
             subnets = [faults.put_peer() for _ in range(3)]
             faults.cluster.run("compaction", str(faults.cluster.revision()))
         for subnet in subnets:
-            faults.wait_for_route(node, subnet, FOLLOW_SECONDS)
+            faults.wait_for_route(subnet, node)
         faults.followed()
 
 
@@ -78,8 +77,7 @@ def test_the_store_is_restored_from_a_snapshot(faults: Faults) -> None:
     faults.cluster.save(faults.lab.folder / "backup")
     with faults.stream():
         newer = faults.put_peer()
-        for host in faults.nodes:
-            faults.wait_for_route(host, newer)
+        faults.wait_for_route(newer)
         with faults.noticed(text="etcd was wiped or rolled back"):
             faults.cluster.restore(faults.lab.folder / "backup")
             faults.cluster.start()
