@@ -192,7 +192,8 @@ static void send_packet(struct encap_side *side, const struct encap *encap,
 
 /*
  * Make the datagrams of a packet of @got bytes, the vnet header included, that was read to
- * @datagram + PUSH. Return: why it is dropped (enum fp_drop), or -1
+ * @datagram + PUSH. Return: why it is dropped (enum fp_drop), or -1; how many it would have been is
+ * written also then
  */
 static int make_datagrams(struct encap_side *side, struct tun_queue *queue, uint8_t *datagram,
 			  size_t got, struct encap *encap, struct waiting *packet)
@@ -201,23 +202,22 @@ static int make_datagrams(struct encap_side *side, struct tun_queue *queue, uint
 	struct vnet_header vnet;
 	struct gso gso;
 	size_t length;
+	bool agrees;
 
+	*packet = (struct waiting) { .queue = queue, .datagram = datagram, .datagrams = 1 };
 	if (got < sizeof(vnet))
 		return FP_DROP_ENCAP_MALFORMED;
 	memcpy(&vnet, ip - sizeof(vnet), sizeof(vnet));
 	encap_packet(side->ctx, ip, got - sizeof(vnet), encap);
+	agrees = gso_parse(&vnet, ip, &encap->flow, &gso);
+	packet->datagrams = gso.segments;
 	if (encap->drop >= 0)
 		return encap->drop;
-	length = encap->flow.length;
-	if (!gso_parse(&vnet, ip, &encap->flow, &gso) || gso.segments > DATAGRAMS_PER_ADD)
+	if (!agrees || gso.segments > DATAGRAMS_PER_ADD)
 		return FP_DROP_ENCAP_MALFORMED;
-	*packet = (struct waiting) {
-		.queue = queue,
-		.datagram = datagram,
-		.datagrams = gso.segments,
-		.total = length + gso.segments * PUSH + (gso.segments - 1) * gso.headers,
-		.flow = encap->flow.hash,
-	};
+	length = encap->flow.length;
+	packet->flow = encap->flow.hash;
+	packet->total = length + gso.segments * PUSH + (gso.segments - 1) * gso.headers;
 	packet->size = gso.segments > 1 ? PUSH + gso.headers + gso.size : packet->total;
 	if (packet->size > SEND_BYTES)
 		return FP_DROP_SEND_SIZE;
@@ -266,7 +266,7 @@ static int take_packet(struct encap_side *side, struct tun_queue *queue, uint8_t
 	batch->packets++;
 	reason = make_datagrams(side, queue, datagram, (size_t)got, &encap, &packet);
 	if (reason >= 0) {
-		drop(side, reason, 1);
+		drop(side, reason, packet.datagrams);
 		return 0;
 	}
 	batch->packets += packet.datagrams - 1;
@@ -351,7 +351,7 @@ static void send_waiting(struct encap_side *side)
 		encap_packet(side->ctx, packet.datagram + PUSH,
 			     (packet.datagrams > 1 ? packet.size : packet.total) - PUSH, &encap);
 		if (encap.drop >= 0) {
-			drop(side, encap.drop, 1);
+			drop(side, encap.drop, packet.datagrams);
 			continue;
 		}
 		send_packet(side, &encap, &packet);

@@ -99,6 +99,21 @@ def of_the_node(counters: Counters) -> tuple[int, int, int, int, int]:
 
 
 @pytest.mark.parametrize("offload", [NO_OFFLOAD, EVERY_OFFLOAD], ids=str)
+def test_what_has_no_route_counts_as_the_packets_on_the_wire(
+    hosts: Hosts, offload: Offload
+) -> None:
+    with ExitStack() as closing:
+        node = Node(hosts[0], 0, 4, offload)
+        closing.callback(node.close)
+        for one in inputs(4):
+            node.put(one)
+        while node.worker.turn():
+            pass
+        expected = sum(map(len, expected_of(4)))
+        assert dropped(node.context.counters()) == {"no_route": expected}
+
+
+@pytest.mark.parametrize("offload", [NO_OFFLOAD, EVERY_OFFLOAD], ids=str)
 @pytest.mark.parametrize("workers", [Workers.LOOP, Workers.AUTO], ids=str)
 @pytest.mark.parametrize(("refusal", "at_sender", "at_receiver"), REFUSALS)
 def test_what_is_refused_is_counted_once(
