@@ -152,7 +152,6 @@ void fp_worker_free(struct fp_worker *worker);
 int fp_worker_fd(const struct fp_worker *worker);
 int fp_worker_turn(struct fp_worker *worker);
 int fp_worker_start(struct fp_worker *worker, int threads);
-int fp_worker_stop(struct fp_worker *worker);
 int fp_worker_error(const struct fp_worker *worker);
 int fp_worker_schedule_error(const struct fp_worker *worker);
 int fp_worker_threads(const struct fp_worker *worker);

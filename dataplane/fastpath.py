@@ -387,15 +387,15 @@ class Context:
 class Worker:
     """Moves packets between TUN queues and the UDP sockets.
 
-    Either the caller turns it when `fileno` is readable, or `start` lets threads do so; then
-    `fileno` is readable when one of them has failed.
+    Either the caller turns it when `fileno` is readable, or `start` lets threads do so until
+    `close`; then `fileno` is readable when one of them has failed.
     """
 
     def __init__(self, raw: ffi.CData) -> None:
         self._worker = raw
 
     def fileno(self) -> int:
-        """Return the descriptor for the event loop; another one after `start` and `stop`."""
+        """Return the descriptor for the event loop; another one after `start`."""
         return int(lib.fp_worker_fd(self._worker))
 
     def turn(self) -> int:
@@ -409,7 +409,10 @@ class Worker:
         return packets
 
     def start(self, threads: int) -> None:
-        """Let threads do the turns: 1, 2 (one for each direction) or 3 (two of them for bulk)."""
+        """Let threads do the turns: 1, 2 (one for each direction) or 3 (two of them for bulk).
+
+        After an OSError only `close` may follow.
+        """
         _check(lib.fp_worker_start(self._worker, threads), "packet threads")
 
     def check(self) -> None:
@@ -435,11 +438,9 @@ class Worker:
         """
         return float(lib.fp_worker_silence_ms(self._worker)) / 1000
 
-    def stop(self) -> None:
-        """End the threads behind their present batch; what they read is sent, within a second."""
-        lib.fp_worker_stop(self._worker)
-
     def close(self) -> None:
-        """Free the worker, as Context.close(); the context keeps its counters."""
+        """End the threads behind their present batch, send what was read, within a second, and
+        free the worker, as Context.close(); the context keeps its counters.
+        """
         lib.fp_worker_free(self._worker)
         self._worker = None

@@ -118,7 +118,5 @@ class Forwarder:
         """Stop forwarding behind the present batch; may be called again."""
         if self._worker is not None:
             asyncio.get_running_loop().remove_reader(self._worker.fileno())
-            if self._workers is not Workers.LOOP:
-                self._worker.stop()
             self._worker.close()
             self._worker = None

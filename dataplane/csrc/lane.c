@@ -165,17 +165,6 @@ int lane_turn(struct lane *lane, unsigned int batches)
 }
 
 /**
- * lane_drain() - Send all that was read
- * @lane:     Lane that no thread is in
- * @deadline: When to stop waiting for room, as of now_ns()
- */
-void lane_drain(struct lane *lane, uint64_t deadline)
-{
-	if (encap_drain(&lane->encap, deadline))
-		unmute_all(lane);
-}
-
-/**
  * lane_open() - Make a lane without sources; on failure lane_close() is still to be called
  * @lane:    Zeroed but for an epoll_fd of -1
  * @ctx:     Context, which must outlive the lane

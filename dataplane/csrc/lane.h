@@ -44,7 +44,6 @@ void lane_close(struct lane *lane);
 int lane_add(struct lane *lane, struct source *source);
 int lane_move(struct lane *from, struct lane *to, struct source *source);
 int lane_wait(struct lane *lane, int timeout_ms);
-void lane_drain(struct lane *lane, uint64_t deadline);
 int lane_turn(struct lane *lane, unsigned int batches);
 
 #endif

@@ -105,7 +105,7 @@ static void drain_lanes(struct fp_worker *worker)
 	uint64_t deadline = now_ns() + DRAIN_NS;
 
 	for (int i = 0; i < LANES; i++)
-		lane_drain(&worker->lane[i], deadline);
+		encap_drain(&worker->lane[i].encap, deadline);
 }
 
 static void close_fd(int fd)
@@ -114,15 +114,24 @@ static void close_fd(int fd)
 		close(fd);
 }
 
+/* End the threads behind their present batch. */
+static void end_threads(struct fp_worker *worker)
+{
+	if (worker->started)
+		eventfd_write(worker->stop_fd, 1);
+	while (worker->started)
+		pthread_join(worker->shift[--worker->started].thread, NULL);
+}
+
 /**
  * fp_worker_free() - Send what a worker holds and free it; its counters stay with the context
- * @worker: Worker without threads, in no turn
+ * @worker: Worker that the caller is in no turn of
  */
 void fp_worker_free(struct fp_worker *worker)
 {
 	struct fp_ctx *ctx = worker->ctx;
 
-	assert(worker->started == 0);
+	end_threads(worker);
 	drain_lanes(worker);
 	for (int i = 0; i < LANES; i++)
 		encap_give_up(&worker->lane[i].encap);
@@ -196,14 +205,13 @@ int fp_worker_schedule_error(const struct fp_worker *worker)
 	return worker->schedule_error;
 }
 
-/* Let the stop signal end every wait, or take it back. Return: 0, or an errno */
-static int watch_stop(struct fp_worker *worker, int operation)
+/* Let the stop signal end every wait. Return: 0, or an errno */
+static int watch_stop(struct fp_worker *worker)
 {
 	struct epoll_event event = { .events = EPOLLIN, .data.u64 = KEY_STOP };
 
 	for (int i = 0; i < LANES; i++) {
-		worker->lane[i].stopped = false;
-		if (epoll_ctl(worker->lane[i].epoll_fd, operation, worker->stop_fd, &event))
+		if (epoll_ctl(worker->lane[i].epoll_fd, EPOLL_CTL_ADD, worker->stop_fd, &event))
 			return errno;
 	}
 	return 0;
@@ -254,13 +262,13 @@ static void choose_reading(struct fp_worker *worker)
 }
 
 /**
- * fp_worker_start() - Let threads turn the lanes; the caller does no turns meanwhile
+ * fp_worker_start() - Let threads turn the lanes until the end; the caller does no turns any more
  * @worker:  Worker without threads
  * @threads: 1 for both directions, 2 for one each, 3 for both and two that have the bulk
  *
  * Signals are blocked in the threads.
  *
- * Return: 0, or an errno
+ * Return: 0, or an errno; then only fp_worker_free() may follow
  */
 int fp_worker_start(struct fp_worker *worker, int threads)
 {
@@ -269,7 +277,7 @@ int fp_worker_start(struct fp_worker *worker, int threads)
 
 	assert(worker->threads == 0 && threads >= 1 && threads <= LANES);
 	worker->threads = threads;
-	err = watch_stop(worker, EPOLL_CTL_ADD);
+	err = watch_stop(worker);
 	choose_reading(worker);
 	if (!err && threads == 2)
 		err = move_sockets(worker);
@@ -278,43 +286,7 @@ int fp_worker_start(struct fp_worker *worker, int threads)
 	if (!err)
 		err = start_threads(worker);
 	pthread_sigmask(SIG_SETMASK, &before, NULL);
-	if (err)
-		fp_worker_stop(worker);
 	return err;
-}
-
-/* Have every source in the first lane again. */
-static void gather_sources(struct fp_worker *worker)
-{
-	for (int i = FIRST + 1; i < LANES; i++) {
-		struct lane *lane = &worker->lane[i];
-
-		for (unsigned int s = 0; s < worker->sources; s++) {
-			if (lane->has[s])
-				lane_move(lane, &worker->lane[FIRST], &worker->source[s]);
-		}
-	}
-}
-
-/**
- * fp_worker_stop() - End the threads behind their present batch
- *
- * Return: 0, or the errno with which one had ended
- */
-int fp_worker_stop(struct fp_worker *worker)
-{
-	eventfd_t signals;
-
-	eventfd_write(worker->stop_fd, 1);
-	while (worker->started)
-		pthread_join(worker->shift[--worker->started].thread, NULL);
-	worker->threads = 0;
-	eventfd_read(worker->stop_fd, &signals);
-	watch_stop(worker, EPOLL_CTL_DEL);
-	choose_reading(worker);
-	drain_lanes(worker);
-	gather_sources(worker);
-	return worker->error;
 }
 
 /** fp_worker_threads() - How many threads move packets now; 0 when the caller's turns do */

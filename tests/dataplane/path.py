@@ -207,7 +207,6 @@ class Node:
         """Let threads move the packets, unless it is the caller who does."""
         if workers is not Workers.LOOP:
             self.worker.start(THREADS[workers])
-            self._closing.callback(self.worker.stop)
 
     def route_to(self, number: int, host: Host) -> None:
         """Know the other node."""

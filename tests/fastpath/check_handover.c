@@ -192,8 +192,7 @@ static void check_adaptive(void)
 		send_next(&host, &number);
 	reader.ended = true;
 	pthread_join(thread, NULL);
-	HOLDS(fp_worker_stop(host.worker) == 0);
-	HOLDS(fp_worker_threads(host.worker) == 0);
+	HOLDS(fp_worker_error(host.worker) == 0);
 	close_host(&host);
 }
 
@@ -268,7 +267,7 @@ static void check_priority(int threads, const char *thread, uint16_t port, int s
 			send_next(&host, &number);
 		HOLDS(nice_of(thread) == own - NICE_STEPS);
 	}
-	HOLDS(fp_worker_stop(host.worker) == 0);
+	HOLDS(fp_worker_error(host.worker) == 0);
 	HOLDS(fp_worker_schedule_error(host.worker) == 0);
 	close_host(&host);
 }
@@ -301,7 +300,7 @@ static void check_polling(void)
 	usleep(2 * POLL_MS * 1000);
 	for (int look = 0; look < LOOKS; look++)
 		HOLDS(state_of("fp-first") == 'S');
-	HOLDS(fp_worker_stop(host.worker) == 0);
+	HOLDS(fp_worker_error(host.worker) == 0);
 	close_host(&host);
 }
 
