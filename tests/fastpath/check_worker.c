@@ -13,6 +13,7 @@
 #include <arpa/inet.h>
 #include <fcntl.h>
 #include <netinet/udp.h>
+#include <poll.h>
 #include <pthread.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
@@ -268,11 +269,59 @@ static void check_longest(struct output got[FLOWS])
 }
 
 #define HELD 40
+#define MORE 20
 
+/* What is put to the TUN and leaves by the wire, packets of one flow. */
 struct wire {
-	int fd;
-	int arrived;
+	struct node node;
+	int fd; /* the far end */
+	uint8_t put;
+	_Atomic uint8_t arrived;
+	uint8_t expected;
 };
+
+/*
+ * A pair of SOCK_SEQPACKET sockets fills up, which UDP over loopback does not, does not mind an
+ * address, and refuses with EMSGSIZE what is longer than its room.
+ */
+static void open_wire(struct wire *wire, int offload)
+{
+	int pair[2], bytes = 1;
+
+	*wire = (struct wire) { 0 };
+	open_node(&wire->node, 2, offload);
+	route_to(&wire->node, 1, &wire->node);
+	HOLDS(socketpair(AF_UNIX, SOCK_SEQPACKET, 0, pair) == 0);
+	setsockopt(pair[1], SOL_SOCKET, SO_SNDBUF, &bytes, sizeof(bytes));
+	HOLDS(fcntl(pair[1], F_SETFL, O_NONBLOCK) == 0);
+	HOLDS(dup2(pair[1], wire->node.send) == wire->node.send);
+	close(pair[1]);
+	wire->fd = pair[0];
+}
+
+static void put_on(struct wire *wire, unsigned int packets)
+{
+	static const struct vnet_header plain;
+	uint8_t packet[PACKET_MAX];
+
+	while (packets--) {
+		struct spec spec = { .udp = true,
+				     .source_node = 2,
+				     .destination_node = 1,
+				     .payload = 200,
+				     .fill = wire->put++ };
+
+		put(&wire->node, &plain, packet, build(&spec, packet));
+	}
+}
+
+static struct fp_counters counters_of(const struct wire *wire)
+{
+	struct fp_counters counters;
+
+	fp_counters_read(wire->node.ctx, &counters);
+	return counters;
+}
 
 /* Count what leaves, each packet the next of its flow. */
 static void *take_frames(void *argument)
@@ -280,7 +329,7 @@ static void *take_frames(void *argument)
 	struct wire *wire = argument;
 	uint8_t frame[PACKET_MAX];
 
-	while (wire->arrived < HELD && recv(wire->fd, frame, sizeof(frame), 0) > 0) {
+	while (wire->arrived < wire->expected && recv(wire->fd, frame, sizeof(frame), 0) > 0) {
 		/* VXLAN, Ethernet, IPv4 and UDP headers, then the payload. */
 		HOLDS(frame[8 + 14 + 20 + 8] == wire->arrived);
 		wire->arrived++;
@@ -290,46 +339,80 @@ static void *take_frames(void *argument)
 
 /*
  * The wire is full when a worker ends: what it holds leaves as soon as there is room, in order, and
- * where nobody makes room, it ends all the same. A pair of SOCK_SEQPACKET sockets fills up, which
- * UDP over loopback does not, and does not mind an address.
+ * where nobody makes room, it ends all the same.
  */
 static void check_drain(bool gets_room)
 {
-	static const struct vnet_header plain;
-	static uint8_t packet[PACKET_MAX];
-	int pair[2], bytes = 1;
-	struct node node;
 	struct wire wire;
 	pthread_t thread;
 
-	open_node(&node, 2, 0);
-	route_to(&node, 1, &node);
-	HOLDS(socketpair(AF_UNIX, SOCK_SEQPACKET, 0, pair) == 0);
-	setsockopt(pair[1], SOL_SOCKET, SO_SNDBUF, &bytes, sizeof(bytes));
-	HOLDS(fcntl(pair[1], F_SETFL, O_NONBLOCK) == 0);
-	HOLDS(dup2(pair[1], node.send) == node.send);
-	close(pair[1]);
-	for (int i = 0; i < HELD; i++) {
-		struct spec spec = { .udp = true,
-				     .source_node = 2,
-				     .destination_node = 1,
-				     .payload = 200,
-				     .fill = (uint8_t)i };
-
-		put(&node, &plain, packet, build(&spec, packet));
-	}
-	while (fp_worker_turn(node.worker) > 0)
+	open_wire(&wire, 0);
+	put_on(&wire, HELD);
+	while (fp_worker_turn(wire.node.worker) > 0)
 		;
-	wire = (struct wire) { pair[0], 0 };
+	wire.expected = HELD;
 	if (gets_room)
 		HOLDS(pthread_create(&thread, NULL, take_frames, &wire) == 0);
-	close_node(&node);
+	close_node(&wire.node);
 	if (gets_room)
 		pthread_join(thread, NULL);
 	else
 		take_frames(&wire);
 	HOLDS(gets_room ? wire.arrived == HELD : wire.arrived > 0 && wire.arrived < HELD);
-	close(pair[0]);
+	close(wire.fd);
+}
+
+static void turn_or_wait(const struct wire *wire, int threads)
+{
+	if (threads)
+		usleep(100);
+	else
+		fp_worker_turn(wire->node.worker);
+}
+
+/*
+ * The wire is full for a while: nothing more is read meanwhile, and nobody wakes up for what cannot
+ * be read; then all leaves, in order, and each is counted once. With GSO the wire refuses the
+ * packets as one message and is full again and again while it takes them one by one.
+ */
+static void check_full_wire(int offload, int threads)
+{
+	const size_t bytes = (HELD + MORE) * (20 + 8 + 200);
+	struct fp_counters counters;
+	struct fp_peer_traffic peer;
+	struct wire wire;
+	pthread_t thread;
+
+	open_wire(&wire, offload);
+	put_on(&wire, HELD);
+	if (threads)
+		HOLDS(fp_worker_start(wire.node.worker, threads) == 0);
+	while (counters_of(&wire).sends_blocked == 0)
+		turn_or_wait(&wire, threads);
+	put_on(&wire, MORE);
+	if (!threads) {
+		struct pollfd ready = { fp_worker_fd(wire.node.worker), POLLIN, 0 };
+
+		HOLDS(poll(&ready, 1, 0) == 1);
+		HOLDS(fp_worker_turn(wire.node.worker) == 0);
+		HOLDS(poll(&ready, 1, 0) == 0);
+	}
+	HOLDS(counters_of(&wire).tun_reads == HELD);
+	wire.expected = HELD + MORE;
+	HOLDS(pthread_create(&thread, NULL, take_frames, &wire) == 0);
+	do {
+		turn_or_wait(&wire, threads);
+		counters = counters_of(&wire);
+		HOLDS(fp_peers_traffic(wire.node.ctx, &peer, 1) == 1);
+	} while (counters.traffic.encap_bytes < bytes || peer.traffic.encap_bytes < bytes);
+	pthread_join(thread, NULL);
+	HOLDS(counters.traffic.encap_packets == wire.expected);
+	HOLDS(counters.traffic.encap_bytes == bytes);
+	HOLDS(counters.sends_unsegmented == (offload & GSO ? 1 : 0));
+	HOLDS(memcmp(&peer.traffic, &counters.traffic, sizeof(peer.traffic)) == 0);
+	HOLDS(peer.drops == 0);
+	close_node(&wire.node);
+	close(wire.fd);
 }
 
 void check_worker(void)
@@ -346,6 +429,10 @@ void check_worker(void)
 	check_longest(got);
 	check_drain(true);
 	check_drain(false);
+	for (int threads = 0; threads <= 3; threads++) {
+		check_full_wire(0, threads);
+		check_full_wire(GSO, threads);
+	}
 	for (int i = 0; i < FLOWS; i++) {
 		free(got[i].bytes);
 		free(expected[i].bytes);
