@@ -7,7 +7,7 @@
  *
  * A flow always has the same socket, and a socket's messages are sent in the order in which their
  * first packets were added, each flow's packets in order. When a socket's send buffer is full, what
- * it holds stays here until epoll says that there is room.
+ * it holds stays here until epoll says that there is room, and is lost where epoll cannot be asked.
  */
 #define _GNU_SOURCE
 #include "send.h"
@@ -63,22 +63,28 @@ static socklen_t underlay_sockaddr(const struct fib_entry *peer, struct sockaddr
 	}
 }
 
-static void set_blocked(struct sender *sender, unsigned int index, bool blocked)
+/* A socket is full. Return: whether it can be waited for: there are fs.epoll.max_user_watches */
+static bool block(struct sender *sender, struct send_socket *socket)
 {
-	struct send_socket *socket = &sender->socket[index];
 	struct epoll_event event = { .events = EPOLLOUT, .data.u64 = sender->key };
 
-	if (socket->blocked == blocked)
+	if (socket->blocked)
+		return true;
+	if (epoll_ctl(sender->epoll_fd, EPOLL_CTL_ADD, socket->fd, &event))
+		return false;
+	count_up(&sender->counters->sends_blocked, 1);
+	sender->blocked++;
+	socket->blocked = true;
+	return true;
+}
+
+static void unblock(struct sender *sender, struct send_socket *socket)
+{
+	if (!socket->blocked)
 		return;
-	socket->blocked = blocked;
-	if (blocked) {
-		epoll_ctl(sender->epoll_fd, EPOLL_CTL_ADD, socket->fd, &event);
-		count_up(&sender->counters->sends_blocked, 1);
-		sender->blocked++;
-	} else {
-		epoll_ctl(sender->epoll_fd, EPOLL_CTL_DEL, socket->fd, &event);
-		sender->blocked--;
-	}
+	epoll_ctl(sender->epoll_fd, EPOLL_CTL_DEL, socket->fd, NULL);
+	sender->blocked--;
+	socket->blocked = false;
 }
 
 /* What sendmsg() needs besides the message: control data. */
@@ -246,9 +252,8 @@ static void refused(struct sender *sender, struct send_socket *socket, int err)
 }
 
 /* Send what a socket has, until it is through or has no room. */
-static void flush_socket(struct sender *sender, unsigned int index)
+static void flush_socket(struct sender *sender, struct send_socket *socket)
 {
-	struct send_socket *socket = &sender->socket[index];
 	struct outgoing out;
 
 	while (socket->first >= 0) {
@@ -263,8 +268,9 @@ static void flush_socket(struct sender *sender, unsigned int index)
 		if (sent < 0 && errno == EINTR)
 			continue;
 		if (sent < 0 && errno == EAGAIN) {
-			set_blocked(sender, index, true);
-			return;
+			if (block(sender, socket))
+				return;
+			errno = ENOBUFS;
 		}
 		if (sent < 0) {
 			refused(sender, socket, errno);
@@ -283,7 +289,7 @@ static void flush_socket(struct sender *sender, unsigned int index)
 		}
 	}
 	socket->last = -1;
-	set_blocked(sender, index, false);
+	unblock(sender, socket);
 }
 
 /* Full sockets may have room again: see whether it is what they need. */
@@ -310,7 +316,7 @@ bool sender_flush(struct sender *sender)
 		adapt_rooms(sender);
 	for (unsigned int i = 0; i < sender->sockets; i++) {
 		if (sender->socket[i].first >= 0)
-			flush_socket(sender, i);
+			flush_socket(sender, &sender->socket[i]);
 	}
 	if (sender->blocked)
 		return false;

@@ -304,6 +304,30 @@ static void check_dead_wire(void)
 	close_host(&host);
 }
 
+/* No full socket can be waited for: what it has no room for is lost, and all later goes on. */
+static void check_no_watches(void)
+{
+	struct host host;
+	int bytes = 1;
+
+	open_host(&host, false);
+	host.side->sender.epoll_fd = -1;
+	setsockopt(host.send, SOL_SOCKET, SO_SNDBUF, &bytes, sizeof(bytes));
+	for (int i = 0; i < READS_PER_BATCH; i++)
+		put(&host, BULK, ECN_NOT_ECT);
+	turn(&host);
+	HOLDS(!encap_is_blocked(host.side) && !encap_holds(host.side));
+	take(&host, PACKETS);
+	HOLDS(host.left > 0 && host.left < READS_PER_BATCH);
+	HOLDS(host.left + (int)host.side->counters.drops[FP_DROP_SEND_BUFFER] == READS_PER_BATCH);
+	host.out[BULK] = host.next[BULK];
+	put(&host, BULK, ECN_NOT_ECT);
+	turn(&host);
+	take(&host, 1);
+	HOLDS(host.out[BULK] == host.next[BULK]);
+	close_host(&host);
+}
+
 /* A flow that fills its queue alone, or is overtaken, does nobody harm: it may go on as it does. */
 static void check_marks(bool is_alone, bool reads_ahead, uint8_t ecn)
 {
@@ -334,6 +358,7 @@ void check_backlog(void)
 	check_full_wire(true);
 	check_full_wire(false);
 	check_dead_wire();
+	check_no_watches();
 	check_marks(true, false, ECN_ECT0);
 	check_marks(false, false, ECN_ECT0);
 	check_marks(false, true, ECN_ECT0);
