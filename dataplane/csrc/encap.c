@@ -248,6 +248,27 @@ struct batch {
 	size_t bytes; /* of these, encapsulated */
 };
 
+/*
+ * A queue has handed over no packet. EINVAL, EFAULT: the kernel has lost one that it cannot
+ * describe or copy, see tun_put_user(); ENOMEM: it has no memory for the list of pieces, now.
+ * Return: 0 when more can be read, now or later, or an errno
+ */
+static int note_no_packet(struct encap_side *side, struct batch *batch, int err)
+{
+	switch (err) {
+	case EINVAL:
+	case EFAULT:
+		drop(side, FP_DROP_ENCAP_MALFORMED, 1);
+		return 0;
+	case EAGAIN:
+	case ENOMEM:
+		batch->emptied = true;
+		return 0;
+	default:
+		return err;
+	}
+}
+
 /* Read one packet and put it on the way, or have it wait. Return: 0, or an errno */
 static int take_packet(struct encap_side *side, struct tun_queue *queue, uint8_t *room,
 		       struct batch *batch)
@@ -258,10 +279,8 @@ static int take_packet(struct encap_side *side, struct tun_queue *queue, uint8_t
 	ssize_t got = read_packet(queue, datagram + PUSH);
 	int reason;
 
-	if (got <= 0) {
-		batch->emptied = got == 0 || errno == EAGAIN;
-		return batch->emptied ? 0 : errno;
-	}
+	if (got <= 0)
+		return note_no_packet(side, batch, got < 0 ? errno : EAGAIN);
 	count_up(&side->counters.tun_reads, 1);
 	batch->packets++;
 	reason = make_datagrams(side, queue, datagram, (size_t)got, &encap, &packet);

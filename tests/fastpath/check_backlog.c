@@ -11,6 +11,7 @@
 #include "check.h"
 
 #include <arpa/inet.h>
+#include <errno.h>
 #include <stdlib.h>
 #include <sys/epoll.h>
 #include <sys/uio.h>
@@ -328,6 +329,47 @@ static void check_no_watches(void)
 	close_host(&host);
 }
 
+static int next_readv_error; /* 0 for none */
+
+ssize_t __real_readv(int fd, const struct iovec *iov, int count);
+ssize_t __wrap_readv(int fd, const struct iovec *iov, int count);
+
+ssize_t __wrap_readv(int fd, const struct iovec *iov, int count)
+{
+	if (!next_readv_error)
+		return __real_readv(fd, iov, count);
+	errno = next_readv_error;
+	next_readv_error = 0;
+	return -1;
+}
+
+/* The kernel hands over no packet, once: what was lost is counted, and what comes then goes on. */
+static void check_read_error(int err, int drops)
+{
+	struct host host;
+
+	open_host(&host, false);
+	put(&host, BULK, ECN_NOT_ECT);
+	next_readv_error = err;
+	turn(&host);
+	turn(&host);
+	take(&host, PACKETS);
+	HOLDS(host.left == 1);
+	HOLDS((int)host.side->counters.drops[FP_DROP_ENCAP_MALFORMED] == drops);
+	close_host(&host);
+}
+
+/* The device is gone. */
+static void check_fatal_read_error(void)
+{
+	struct host host;
+
+	open_host(&host, false);
+	next_readv_error = EBADFD;
+	HOLDS(encap_turn(host.side, &host.queue) == -EBADFD);
+	close_host(&host);
+}
+
 /* A flow that fills its queue alone, or is overtaken, does nobody harm: it may go on as it does. */
 static void check_marks(bool is_alone, bool reads_ahead, uint8_t ecn)
 {
@@ -359,6 +401,11 @@ void check_backlog(void)
 	check_full_wire(false);
 	check_dead_wire();
 	check_no_watches();
+	check_read_error(EINVAL, 1);
+	check_read_error(EFAULT, 1);
+	check_read_error(ENOMEM, 0);
+	check_read_error(EINTR, 0);
+	check_fatal_read_error();
 	check_marks(true, false, ECN_ECT0);
 	check_marks(false, false, ECN_ECT0);
 	check_marks(false, true, ECN_ECT0);
