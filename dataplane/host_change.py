@@ -8,7 +8,8 @@ the event, so a lost or repeated event does no harm.
  overrun                            everything
  underlay interface                 UNDERLAY; ROUTES, as the kernel drops the routes of an interface
                                     that goes down without telling
- an address on it                   UNDERLAY, ROUTES
+ an address on it, or the one that
+ is sent from on another            UNDERLAY, ROUTES
  our device, an address on it       DEVICE, ROUTES
  route to a peer's subnet           ROUTES, unless it was added to our device (we do that)
  another route on our device        nothing
@@ -18,7 +19,7 @@ the event, so a lost or repeated event does no harm.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Flag, auto
 from typing import Union
@@ -108,7 +109,7 @@ class Repair(Flag):
     CONFIGURE = auto()
     """Set the device's address, MTU and state, and its routes."""
     REBIND = auto()
-    """Send from the new address or interface, and tell the peers."""
+    """Send from the new address, or by the new interface, and tell the peers."""
     RESIZE = auto()
     """Derive the overlay's MTU anew."""
 
@@ -117,11 +118,12 @@ class Repair(Flag):
 class Diagnosis:
     """Repairs, the underlay to use from now on, and what is amiss that only the host can mend.
 
-    `address`, `index` and `mtu` are what we use already where nothing better is there.
+    All but the first and the last are what we use already where nothing better is there.
     """
 
     repair: Repair
     address: IPAddress
+    interface: str
     index: int
     mtu: int
     trouble: str = ""
@@ -138,7 +140,7 @@ def concern(event: HostEvent, used: InUse, is_peers: Callable[[IPNetwork], bool]
             return Concern.DEVICE | Concern.ROUTES
         return Concern.NOTHING
     if isinstance(event, AddressChanged):
-        if event.index == used.interface_index:
+        if event.index == used.interface_index or event.address == used.address:
             return Concern.UNDERLAY | Concern.ROUTES
         if event.index == used.device_index:
             return Concern.DEVICE | Concern.ROUTES
@@ -151,16 +153,21 @@ def concern(event: HostEvent, used: InUse, is_peers: Callable[[IPNetwork], bool]
     return Concern.NOTHING
 
 
-def diagnose(used: InUse, device: Interface | None, interface: Interface | None) -> Diagnosis:
-    """Compare what is used with the devices of those names as they are now, None if not there."""
-    repair = _device_repair(used, device)
+def diagnose(used: InUse, interfaces: Iterable[Interface]) -> Diagnosis:
+    """Compare what is used with all interfaces as they are now."""
+    repair = _device_repair(used, next((x for x in interfaces if x.name == used.device), None))
+    interface = _underlay(used, interfaces)
     if interface is None:
-        trouble = f"the underlay interface {used.interface} is gone"
         return Diagnosis(
-            repair, used.address, used.interface_index, used.interface_mtu, trouble=trouble
+            repair,
+            used.address,
+            used.interface,
+            used.interface_index,
+            used.interface_mtu,
+            trouble=f"the underlay interface {used.interface} is gone",
         )
     address, trouble = used.address, ""
-    if all(owned.address != address for owned in interface.addresses):
+    if not _has(interface, address):
         found = best_address(interface, used.address.version)
         # While an interface is renumbered its link-local address is all it has: none for peers.
         if found is not None and found.is_link_local and not used.address.is_link_local:
@@ -169,20 +176,42 @@ def diagnose(used: InUse, device: Interface | None, interface: Interface | None)
         family = f"IPv{used.address.version}"
         trouble = "" if found else f"{interface.name} has no usable {family} address"
     # A socket cannot be bound to an address that is not there.
-    if not trouble and (address, interface.index) != (used.address, used.interface_index):
+    now = (address, interface.name, interface.index)
+    if not trouble and now != (used.address, used.interface, used.interface_index):
         repair |= Repair.REBIND
     if not interface.up:
         trouble = f"the underlay interface {interface.name} is down"
     if interface.mtu != used.interface_mtu:
         repair |= Repair.RESIZE
-    return Diagnosis(repair, address, interface.index, interface.mtu, trouble=trouble)
+    return Diagnosis(
+        repair, address, interface.name, interface.index, interface.mtu, trouble=trouble
+    )
+
+
+def _underlay(used: InUse, interfaces: Iterable[Interface]) -> Interface | None:
+    """Return what has our address, else the interface of the name, else what that was renamed to.
+
+    The address may have moved, as to a bridge of which the interface has become a port.
+    """
+
+    def likeness(interface: Interface) -> tuple[bool, bool, bool]:
+        return (
+            _has(interface, used.address),
+            interface.name == used.interface,
+            interface.index == used.interface_index,
+        )
+
+    return max(filter(lambda x: any(likeness(x)), interfaces), key=likeness, default=None)
+
+
+def _has(interface: Interface, address: IPAddress) -> bool:
+    return any(owned.address == address for owned in interface.addresses)
 
 
 def _device_repair(used: InUse, device: Interface | None) -> Repair:
     if device is None or device.kind != TUN_KIND or device.index != used.device_index:
         return Repair.REOPEN
     repair = Repair.NOTHING if used.forwards else Repair.RESTART
-    addresses = [owned.address for owned in device.addresses]
-    if device.up and device.mtu == used.device_mtu and used.device_address in addresses:
+    if device.up and device.mtu == used.device_mtu and _has(device, used.device_address):
         return repair
     return repair | Repair.CONFIGURE

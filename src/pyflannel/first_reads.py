@@ -63,7 +63,7 @@ async def read_config(
 
     async def tell_meanwhile() -> None:
         await asyncio.sleep(RETRY_SECONDS)
-        await foresee_refusal(options, netlink)
+        await foresee_refusal(options, netlink, "the start")
 
     telling = asyncio.ensure_future(tell_meanwhile())
     try:

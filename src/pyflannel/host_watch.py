@@ -122,8 +122,7 @@ class HostWatch:
         overlay = self._overlay
         if now & (Concern.UNDERLAY | Concern.DEVICE):
             used = overlay.in_use
-            interfaces = {x.name: x for x in await self._netlink.interfaces()}
-            found = diagnose(used, interfaces.get(used.device), interfaces.get(used.interface))
+            found = diagnose(used, await self._netlink.interfaces())
             self._interface_index = found.index
             if await self._mend(found):
                 now |= Concern.ROUTES
@@ -142,7 +141,7 @@ class HostWatch:
         if Repair.RESIZE in repair:
             overlay.resize(found.mtu)
         if Repair.REBIND in repair:
-            overlay.rebind(found.index, found.address)
+            await overlay.rebind(found.interface, found.index, found.address)
         if Repair.REOPEN in repair:
             overlay.reopen()
         if Repair.RESTART in repair:

@@ -46,6 +46,7 @@ from pyflannel.underlying import (
     OVERHEAD_BYTES,
     Underlying,
     device_name,
+    foresee_refusal,
     overlay_mtu,
     told_address,
 )
@@ -385,10 +386,11 @@ class Overlay:
         self._start()
         log.warning("forwarding again on %s", self.device)
 
-    def rebind(self, index: int, address: IPAddress) -> None:
-        """Send from another address or incarnation of the interface; what is queued stays."""
+    async def rebind(self, interface: str, index: int, address: IPAddress) -> None:
+        """Send from another address, interface or incarnation of it; what is queued stays."""
         assert self._forwarder is not None
-        choice = replace(self.underlying.choice, index=index, address=address)
+        old = self.underlying.choice
+        choice = replace(old, name=interface, index=index, address=address)
         with self._underlay.rebind(choice.name, address):
             self._forwarder.close()
             self._start()
@@ -398,7 +400,9 @@ class Overlay:
             choice=choice,
             public_ip=told_address(self._options, self.version) or address,
         )
-        log.warning("sending from %s on %s now", address, choice.name)
+        log.warning("sending from %s on %s now", address, interface)
+        if interface != old.name:
+            await foresee_refusal(self._options, self._netlink, "the next start", self.version)
 
     def resize(self, outer_mtu: int) -> None:
         """Derive the MTU from the interface's; `configure` sets it. Refusal if it is too small."""

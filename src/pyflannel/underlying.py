@@ -84,12 +84,15 @@ async def choose_underlay(
     return tuple(found)
 
 
-async def foresee_refusal(options: Options, netlink: Netlink) -> None:
-    """Warn if no interface fits now, for the one family that every network has."""
+async def foresee_refusal(options: Options, netlink: Netlink, start: str, version: int = 4) -> None:
+    """Warn if no interface fits now, in the family that every network has unless told another.
+
+    `start` says which start would end.
+    """
     try:
-        await _choose_interfaces(options, netlink, [4])
+        await _choose_interfaces(options, netlink, [version])
     except Refusal as error:
-        log.warning("unless that changes, the start will end: %s", error)
+        log.warning("unless that changes, %s will end: %s", start, error)
 
 
 async def _choose_interfaces(

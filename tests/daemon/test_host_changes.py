@@ -230,6 +230,46 @@ def test_new_address_is_advertised_as_soon_as_etcd_answers(nodes: Lab) -> None:
     assert "somebody else" not in host.log.read_text()
 
 
+def _carries(nodes: Lab, name: str) -> bool:
+    """Whether the first host is ready, and by this interface."""
+    status = nodes.hosts[0].ask("status")
+    return not status["reasons"] and status["devices"][0]["interface"] == name
+
+
+def test_address_that_moves_to_a_bridge_is_followed(nodes: Lab) -> None:
+    host, leases = nodes.hosts[0], nodes.leases()
+    before, address = _state(host), f"{host.address}/24"
+    host.ip("link", "add", "br0", "type", "bridge")
+    host.ip("addr", "del", address, "dev", "eth0")
+    host.ip("link", "set", "eth0", "master", "br0")
+    host.ip("link", "set", "br0", "up")
+    host.ip("addr", "add", address, "dev", "br0")
+    wait_until(lambda: _carries(nodes, "br0"), "carried by br0")
+    wait_until(lambda: _reaches(nodes), "a ping")
+    assert (_state(host), nodes.leases()) == (before, leases)
+    host.wait_for_log("the next start will end: no interface for the underlay: interface eth0 has")
+    assert f"br0 {host.address}" in host.log.read_text()
+    host.ip("link", "set", "br0", "mtu", "1400")
+    wait_until(lambda: "mtu 1350 " in host.ip("link", "show", "flannel.1"), "the bridge's MTU")
+    host.ip("link", "del", "br0")
+    host.ip("addr", "add", address, "dev", "eth0")
+    wait_until(lambda: _carries(nodes, "eth0") and _state(host) == before, "carried by eth0")
+    wait_until(lambda: _reaches(nodes), "a ping")
+    assert nodes.leases() == leases
+
+
+def test_interface_that_is_renamed_is_followed(nodes: Lab) -> None:
+    host, leases = nodes.hosts[0], nodes.leases()
+    before = _state(host)
+    for old, new in (("eth0", "wan0"), ("wan0", "eth0")):
+        host.ip("link", "set", old, "down")
+        host.ip("link", "set", old, "name", new)
+        host.ip("link", "set", new, "up")
+        wait_until(lambda: _carries(nodes, new), f"carried by {new}")  # noqa: B023 called at once
+        wait_until(lambda: _reaches(nodes), "a ping")
+        assert (_state(host), nodes.leases()) == (before, leases)
+
+
 @pytest.mark.parametrize("last", ["link", "address"])
 def test_interface_that_is_plugged_anew_is_used_again(nodes: Lab, last: str) -> None:
     """Its address is there before it is up, or comes later, as DHCP's does."""

@@ -80,7 +80,13 @@ def test_concern_of_a_link(
     ],
 )
 def test_concern_of_an_address(index: int, is_gone: bool, expected: Concern) -> None:
-    assert concern(AddressChanged(index, UNDERLAY, is_gone), USED, lambda _: False) == expected
+    assert concern(AddressChanged(index, SPARE, is_gone), USED, lambda _: False) == expected
+
+
+@pytest.mark.parametrize("is_gone", [False, True])
+def test_the_address_that_is_sent_from_concerns_wherever_it_is(is_gone: bool) -> None:
+    event = AddressChanged(OTHER, UNDERLAY, is_gone)
+    assert concern(event, USED, lambda _: False) == UNDERLAY_LINK
 
 
 @pytest.mark.parametrize(
@@ -129,8 +135,12 @@ GOOD_DEVICE = _interface("flannel.1", DEVICE, 1450, True, OWN)
 GOOD_INTERFACE = _interface("eth0", INTERFACE, 1500, True, UNDERLAY)
 
 
+def _diagnose(used: InUse, *interfaces: Interface | None) -> Diagnosis:
+    return diagnose(used, [x for x in interfaces if x is not None])
+
+
 def test_nothing_is_done_where_all_is_well() -> None:
-    found = diagnose(USED, GOOD_DEVICE, GOOD_INTERFACE)
+    found = _diagnose(USED, GOOD_DEVICE, GOOD_INTERFACE)
     assert (found.repair, found.trouble) == (Repair.NOTHING, "")
     assert (found.address, found.index, found.mtu) == (UNDERLAY, INTERFACE, 1500)
 
@@ -149,19 +159,19 @@ def test_nothing_is_done_where_all_is_well() -> None:
     ],
 )
 def test_repair_of_the_device(device: Interface | None, expected: Repair) -> None:
-    assert diagnose(USED, device, GOOD_INTERFACE).repair == expected
+    assert _diagnose(USED, device, GOOD_INTERFACE).repair == expected
 
 
 def test_what_does_not_forward_is_restarted_on_a_device_that_is_there() -> None:
     stuck = replace(USED, forwards=False)
-    assert diagnose(stuck, GOOD_DEVICE, GOOD_INTERFACE).repair == Repair.RESTART
-    assert diagnose(stuck, None, GOOD_INTERFACE).repair == Repair.REOPEN
+    assert _diagnose(stuck, GOOD_DEVICE, GOOD_INTERFACE).repair == Repair.RESTART
+    assert _diagnose(stuck, None, GOOD_INTERFACE).repair == Repair.REOPEN
     down = replace(GOOD_DEVICE, up=False)
-    assert diagnose(stuck, down, GOOD_INTERFACE).repair == Repair.RESTART | Repair.CONFIGURE
+    assert _diagnose(stuck, down, GOOD_INTERFACE).repair == Repair.RESTART | Repair.CONFIGURE
 
 
 def test_a_missing_interface_is_waited_for() -> None:
-    found = diagnose(USED, GOOD_DEVICE, None)
+    found = _diagnose(USED, GOOD_DEVICE, None)
     assert found.repair == Repair.NOTHING
     assert found.trouble == "the underlay interface eth0 is gone"
 
@@ -176,7 +186,7 @@ ADDRESSES = ((), (UNDERLAY,), (SPARE,), (SPARE, UNDERLAY))
 def test_every_state_of_the_interface(
     index: int, mtu: int, up: bool, addresses: tuple[IPv4Address, ...]
 ) -> None:
-    found = diagnose(USED, GOOD_DEVICE, _interface("eth0", index, mtu, up, *addresses))
+    found = _diagnose(USED, GOOD_DEVICE, _interface("eth0", index, mtu, up, *addresses))
     assert (Repair.RESIZE in found.repair, found.mtu) == (mtu != 1500, mtu)
     assert found.index == index
     kept = UNDERLAY in addresses
@@ -189,6 +199,44 @@ def test_every_state_of_the_interface(
         assert found.trouble == ("" if addresses else "eth0 has no usable IPv4 address")
 
 
+BRIDGE = _interface("br0", OTHER, 1400, True)
+WITH_OUR_ADDRESS = replace(BRIDGE, addresses=(_address(UNDERLAY),))
+WITHOUT = replace(GOOD_INTERFACE, addresses=())
+RENAMED = replace(GOOD_INTERFACE, name="wan0")
+
+
+@pytest.mark.parametrize(
+    ("interfaces", "expected"),
+    [
+        ((GOOD_INTERFACE, WITH_OUR_ADDRESS), (UNDERLAY, "eth0", INTERFACE, 1500, "")),
+        ((WITHOUT, WITH_OUR_ADDRESS), (UNDERLAY, "br0", OTHER, 1400, "")),
+        (
+            (WITHOUT, BRIDGE),
+            (UNDERLAY, "eth0", INTERFACE, 1500, "eth0 has no usable IPv4 address"),
+        ),
+        ((WITH_OUR_ADDRESS,), (UNDERLAY, "br0", OTHER, 1400, "")),
+        ((BRIDGE, RENAMED), (UNDERLAY, "wan0", INTERFACE, 1500, "")),
+        (
+            (BRIDGE, replace(RENAMED, addresses=(_address(SPARE),))),
+            (SPARE, "wan0", INTERFACE, 1500, ""),
+        ),
+        (
+            (replace(RENAMED, addresses=()), replace(GOOD_INTERFACE, index=OTHER)),
+            (UNDERLAY, "eth0", OTHER, 1500, ""),
+        ),
+    ],
+)
+def test_the_interface_is_followed(
+    interfaces: tuple[Interface, ...], expected: tuple[IPAddress, str, int, int, str]
+) -> None:
+    for order in itertools.permutations((GOOD_DEVICE, *interfaces)):
+        found = _diagnose(USED, *order)
+        now = (found.address, found.interface, found.index, found.mtu, found.trouble)
+        assert now == expected
+        moved = now[:3] != (UNDERLAY, "eth0", INTERFACE)
+        assert (Repair.REBIND in found.repair, Repair.REOPEN in found.repair) == (moved, False)
+
+
 def test_a_link_local_address_is_no_substitute_for_one_that_peers_know() -> None:
     known, new, link_local = (IPv6Address(x) for x in ("fd77::11", "fd77::22", "fe80::1"))
     own = IPv6Address("2001:db8:42:3a::")
@@ -197,7 +245,7 @@ def test_a_link_local_address_is_no_substitute_for_one_that_peers_know() -> None
 
     def look(used: InUse, *addresses: IPv6Address) -> Diagnosis:
         interface = replace(GOOD_INTERFACE, addresses=tuple(_address(x) for x in addresses))
-        return diagnose(used, device, interface)
+        return _diagnose(used, device, interface)
 
     gone = look(used, link_local)
     assert (gone.repair, gone.address) == (Repair.NOTHING, known)
