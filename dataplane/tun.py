@@ -12,7 +12,7 @@ import os
 import socket
 import struct
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from pytun_pmd3 import TunTapDevice
 
@@ -25,6 +25,7 @@ VNET_HEADER_BYTES = 12
 
 _CLONE_DEVICE = "/dev/net/tun"
 _NAME_BYTES = 15
+_SPARE_DESCRIPTORS = 32
 
 # linux/if_tun.h
 _IFF_TUN = 0x0001
@@ -122,6 +123,7 @@ class Tun:
         with _closed_on_failure(name, devices):
             for _ in range(queues if queues == 1 else queues + 1):
                 devices.append(_Device(name))
+            _check_spare_descriptors(devices[0].fileno())
             agreed = _set_up(devices, offload)
         return cls(name, devices, agreed, created=not existed)
 
@@ -177,6 +179,16 @@ def _closed_on_failure(name: str, devices: list[_Device]) -> Iterator[None]:
     except BaseException:
         _close(devices)
         raise
+
+
+def _check_spare_descriptors(fd: int) -> None:
+    """Raise EMFILE while it is known for what it is, not by one of the few that are to be opened.
+
+    The queues are the last that a start opens many of.
+    """
+    with ExitStack() as opened:
+        for _ in range(_SPARE_DESCRIPTORS):
+            opened.callback(os.close, os.dup(fd))
 
 
 def _set_up(devices: list[_Device], offload: Offload | None) -> Offload:

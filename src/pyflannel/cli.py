@@ -7,6 +7,7 @@ Exit codes: 0 stopped by a signal, help or version; 1 a start that was refused; 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import logging
 import os
@@ -27,6 +28,9 @@ log = logging.getLogger(__name__)
 DESCRIPTORS = 1024
 THREADS = 16
 """What a node of one address family has on two cores, beside the first."""
+ADDRESS_SPACE_BYTES = 512 << 20
+"""Twice of what that takes without peers."""
+_M_ARENA_MAX = -8  # malloc.h
 
 
 def _doctor(argv: Sequence[str]) -> int:
@@ -83,6 +87,19 @@ def _raise_descriptor_limit() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
+def _check_address_space() -> None:
+    """Refuse a limit on it (`ulimit -v`) under which threads or packet buffers would be missing."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY and limit < ADDRESS_SPACE_BYTES:
+        raise Refusal(
+            f"{limit >> 20} MB of address space are too few, {ADDRESS_SPACE_BYTES >> 20} are "
+            "needed: raise the limit (ulimit -v, systemd: LimitAS=)"
+        )
+    # glibc would reserve another 64 MB of it for each thread; other C libraries do not.
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
+
+
 def _check_threads() -> None:
     """Refuse a host that allows too few threads: gRPC ends the process without a word then."""
     enough = threading.Event()
@@ -132,6 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "and set --etcd-endpoints, or run flanneld on this node"
             )
         _raise_descriptor_limit()
+        _check_address_space()
         _check_threads()
         # The compiled fast path is needed from here on, not for help and usage errors.
         import uvloop

@@ -171,13 +171,26 @@ def test_too_few_threads(made: Lab, host: Host) -> None:
     assert "this process may have 0 more threads" in _refused(made, host, wrapper=wrapper)
 
 
-@pytest.mark.parametrize("limit", [48, 64, 128])
+@pytest.mark.parametrize("limit", [48, 64, 128, 137, 144, 150])
 def test_too_few_descriptors(made: Lab, host: Host, limit: int) -> None:
-    """The sockets are opened first, and the TUN's queues fail then."""
+    """The sockets are opened first, then the TUN's queues, and at last one here and there."""
     error = _refused(made, host, wrapper=("prlimit", f"--nofile={limit}:{limit}"))
     assert f"{limit} open files are too few" in error
     assert "LimitNOFILE=" in error
     assert "modprobe" not in error
+
+
+@pytest.mark.parametrize("megabytes", [128, 256, 511])
+def test_too_little_address_space(made: Lab, host: Host, megabytes: int) -> None:
+    limit = megabytes << 20
+    error = _refused(made, host, wrapper=("prlimit", f"--as={limit}:{limit}"))
+    assert f"{megabytes} MB of address space are too few" in error
+    assert "ulimit -v" in error
+
+
+def test_as_little_address_space_as_is_needed(made: Lab, host: Host) -> None:
+    made.start_daemon(host, wrapper=("prlimit", f"--as={512 << 20}"))
+    host.subnet_file.unlink()
 
 
 def test_a_low_limit_that_may_be_raised(made: Lab, host: Host) -> None:
