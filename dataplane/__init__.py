@@ -2,6 +2,6 @@
 
 Values: `route`, `offload`, `refusal`. Packets: `_fastpath.c` with `csrc/` behind the typed facade
 `fastpath`; `forwarder` lets it run. Host: `tun`, `underlay`, `netlink`,
-`kernel_routes`, `interface`; its packet filter: `traffic_rules` (which), `firewall` (written how),
-`firewall_watch` (changed when).
+`kernel_routes`, `interface`, `sysctl`; its packet filter: `traffic_rules` (which), `firewall`
+(written how), `firewall_watch` (changed when).
 """

@@ -13,6 +13,7 @@ import subprocess
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from pyflannel.dataplane import sysctl
 from pyflannel.dataplane.netlink import Link
 from pyflannel.dataplane.proc_net import processes, udp_inodes
 from pyflannel.dataplane.route import IPNetwork
@@ -22,16 +23,12 @@ from pyflannel.overlay import small_buffer_warning
 from pyflannel.traffic import bridge_warning
 
 TUN = Path("/dev/net/tun")
-SYSCTL = Path("/proc/sys/net")
 
 _IPTABLES = {4: "iptables", 6: "ip6tables"}
 # A host that forwards IPv6 listens to router advertisements no more, unless told to.
-_FORWARDING = {
-    4: ("ipv4/ip_forward", ""),
-    6: (
-        "ipv6/conf/all/forwarding",
-        "; where a router gives this host its address, set accept_ra of that interface to 2 first",
-    ),
+_BESIDES_FORWARDING = {
+    4: "",
+    6: "; where a router gives this host its address, set accept_ra of that interface to 2 first",
 }
 
 # linux/capability.h
@@ -182,27 +179,28 @@ def _output(*command: str) -> str:
 def check_forwarding(versions: Collection[int]) -> Iterator[Finding]:
     """The host must forward packets of its containers."""
     for version in versions:
-        path, besides = _FORWARDING[version]
-        if _setting(path) == 0:
+        path = sysctl.FORWARDING[version]
+        if sysctl.setting(path) == 0:
             yield warning(
-                f"{_key(path)} is 0: this host does not forward packets to or from its containers",
-                f"sysctl -w {_key(path)}=1{besides}",
+                f"{sysctl.key(path)} is 0: this host does not forward packets to or from its "
+                "containers",
+                f"sysctl -w {sysctl.key(path)}=1{_BESIDES_FORWARDING[version]}",
             )
 
 
 def check_ipv6() -> Iterator[Finding]:
     """The kernel must have IPv6, and it must be switched on for the devices to come."""
-    if SYSCTL.exists() and not (SYSCTL / "ipv6/conf").exists():
+    if sysctl.ROOT.exists() and not (sysctl.ROOT / "ipv6/conf").exists():
         yield failure(
             "this kernel has no IPv6, and the network is dual stack",
             "boot it without ipv6.disable=1, or set EnableIPv6 to false",
         )
     for name in ("all", "default"):
         path = f"ipv6/conf/{name}/disable_ipv6"
-        if _setting(path) == 1:
+        if sysctl.setting(path) == 1:
             yield failure(
-                f"{_key(path)} is 1, so our device can have no IPv6 address",
-                f"sysctl -w {_key(path)}=0",
+                f"{sysctl.key(path)} is 1, so our device can have no IPv6 address",
+                f"sysctl -w {sysctl.key(path)}=0",
             )
             return
 
@@ -211,11 +209,11 @@ def check_rp_filter(device: str, interface: str | None) -> Iterator[Finding]:
     """Strict reverse path filtering drops what comes back by another way; IPv6 has none."""
     for name in filter(None, (device, interface)):
         paths = ("ipv4/conf/all/rp_filter", f"ipv4/conf/{name}/rp_filter")
-        if max(_setting(path) or 0 for path in paths) == 1:
+        if max(sysctl.setting(path) or 0 for path in paths) == 1:
             yield warning(
                 f"rp_filter is 1 (strict) on {name}: packets whose way back is another interface "
                 "are dropped, as with DirectRouting or several uplinks",
-                f"sysctl -w {' '.join(f'{_key(path)}=2' for path in paths)}",
+                f"sysctl -w {' '.join(f'{sysctl.key(path)}=2' for path in paths)}",
             )
 
 
@@ -224,11 +222,11 @@ def check_linkdown(devices: Mapping[int, str]) -> Iterator[Finding]:
     for version, device in devices.items():
         for name in ("all", device):
             path = f"ipv{version}/conf/{name}/ignore_routes_with_linkdown"
-            if _setting(path) == 1:
+            if sysctl.setting(path) == 1:
                 yield warning(
-                    f"{_key(path)} is 1: while the daemon is away, packets to other nodes' "
+                    f"{sysctl.key(path)} is 1: while the daemon is away, packets to other nodes' "
                     "containers leave unencapsulated by the default route",
-                    f"sysctl -w {_key(path)}=0",
+                    f"sysctl -w {sysctl.key(path)}=0",
                 )
                 break
 
@@ -236,16 +234,3 @@ def check_linkdown(devices: Mapping[int, str]) -> Iterator[Finding]:
 def check_bridge(networks: Sequence[IPNetwork]) -> Iterator[Finding]:
     """Rules must apply to packets that cross a bridge."""
     yield from _warned(bridge_warning([(network, network) for network in networks]))
-
-
-def _key(path: str) -> str:
-    """Return what sysctl(8) calls a setting: a dot in a device's name is a slash there."""
-    return "net." + path.translate(str.maketrans("./", "/."))
-
-
-def _setting(name: str) -> int | None:
-    """Return a kernel setting, None where there is none or /proc does not show it."""
-    try:
-        return int((SYSCTL / name).read_text())
-    except (OSError, ValueError):
-        return None

@@ -11,9 +11,9 @@ import logging
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from pyflannel.control.network_config import NetworkConfig
+from pyflannel.dataplane import sysctl
 from pyflannel.dataplane.fastpath import (
     AntiSpoofing,
     Context,
@@ -56,8 +56,6 @@ log = logging.getLogger(__name__)
 RECEIVE_BUFFER, TUN_QUEUE = "receive_buffer", "tun_queue"
 KERNEL_DROPS = (RECEIVE_BUFFER, TUN_QUEUE)
 """Drop reasons beside the fast path's: what the kernel dropped that we were to receive, or read."""
-
-_FORWARDING = {4: "net.ipv4.ip_forward", 6: "net.ipv6.conf.all.forwarding"}
 
 
 def small_buffer_warning(granted: int) -> str | None:
@@ -316,13 +314,13 @@ class Overlay:
         self._on_ended = on_ended
         self._forwarder = Forwarder(self.context, Workers(self._options.workers), on_ended)
         self._stack.callback(self._forwarder.close)
-        setting = _FORWARDING[self.version]
-        if _read_setting(setting) == "0":
+        forwarding = sysctl.FORWARDING[self.version]
+        if sysctl.setting(forwarding) == 0:
             log.warning(
                 "this host forwards no IPv%d packets, so only itself is reached, not its "
                 "containers: sysctl -w %s=1",
                 self.version,
-                setting,
+                sysctl.key(forwarding),
             )
         if warning := small_buffer_warning(self._underlay.receive_buffer):
             log.warning("%s: %s", self.device, warning)
@@ -420,14 +418,6 @@ class Overlay:
     def keep_device(self) -> None:
         """Leave the device behind at exit from now on, as the start has succeeded."""
         self._undo.pop_all()
-
-
-def _read_setting(key: str) -> str:
-    """Return a kernel setting, "" where /proc hides it, as with systemd's ProcSubset=pid."""
-    try:
-        return Path("/proc/sys", *key.split(".")).read_text().strip()
-    except OSError:
-        return ""
 
 
 def _subnet(change: RouteChange) -> IPNetwork:

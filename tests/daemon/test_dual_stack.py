@@ -23,6 +23,7 @@ from scapy.layers.inet6 import IPv6
 from scapy.layers.l2 import Ether
 
 from pyflannel import doctor_host
+from pyflannel.dataplane import sysctl
 from pyflannel.dataplane.route import IPAddress
 from pyflannel.echo import echo
 from tests.lab.hosts import (
@@ -348,7 +349,7 @@ def test_doctor_finds_what_is_amiss_with_ipv6(made: Lab) -> None:
 def test_doctor_names_a_kernel_without_ipv6(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(doctor_host, "SYSCTL", tmp_path)
+    monkeypatch.setattr(sysctl, "ROOT", tmp_path)
     assert [x.sentence for x in doctor_host.check_ipv6()] == [
         "this kernel has no IPv6, and the network is dual stack"
     ]
