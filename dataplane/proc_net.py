@@ -10,7 +10,7 @@ from pathlib import Path
 # Not /proc/net, which is that of the process: a thread may be in another network namespace.
 _PROC_NET = Path("/proc/thread-self/net")
 # Fields of a row of `udp` and `udp6`, and of `dev`.
-_LOCAL, _INODE, _RECEIVE_DROPS = 1, 9, 12
+_LOCAL, _INODE = 1, 9
 _TRANSMIT_DROPS = 12
 # Fields of a row of `if_inet6`, and of its flags (linux/if_addr.h).
 _ADDRESS, _FLAGS = 0, 4
@@ -75,12 +75,6 @@ def _link(descriptor: Path) -> str:
         return os.readlink(descriptor)
     except OSError:
         return ""
-
-
-def receive_drops(inodes: Collection[str]) -> int:
-    """Return what the kernel has dropped that was for the UDP sockets of these inodes."""
-    rows = (fields for table in ("udp", "udp6") for fields in _rows(table))
-    return sum(int(fields[_RECEIVE_DROPS]) for fields in rows if fields[_INODE] in inodes)
 
 
 def transmit_drops(device: str) -> int:

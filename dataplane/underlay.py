@@ -16,13 +16,7 @@ from dataclasses import dataclass
 
 from pyflannel.dataplane.inheritance import Inheritance
 from pyflannel.dataplane.offload import NO_OFFLOAD, Offload
-from pyflannel.dataplane.proc_net import (
-    is_tentative,
-    processes,
-    receive_drops,
-    udp_inodes,
-    unix_inodes,
-)
+from pyflannel.dataplane.proc_net import is_tentative, processes, udp_inodes, unix_inodes
 from pyflannel.dataplane.refusal import Refusal
 from pyflannel.dataplane.route import IPAddress
 
@@ -33,6 +27,9 @@ RECEIVE_BUFFER_BYTES = 4 << 20
 # asm-generic/socket.h
 _SO_ATTACH_FILTER = 26
 _SO_RCVBUFFORCE = 33
+_SO_MEMINFO = 55
+# linux/sock_diag.h: the last of the words of SO_MEMINFO
+_SK_MEMINFO_DROPS = 8
 # linux/udp.h
 _UDP_SEGMENT = 103
 _UDP_GRO = 104
@@ -171,9 +168,9 @@ class Underlay:
         """Return how often the kernel has dropped what came for us, since the sockets were made.
 
         They had no room for it, or its outer checksum was wrong. What UDP_GRO has joined counts
-        once. Inherited sockets bring what they had counted.
+        once. Inherited sockets bring what they had counted. Linux before 4.12 tells 0.
         """
-        return receive_drops({str(os.fstat(fd).st_ino) for fd in self.receive_fds})
+        return sum(map(_drops, self._receivers.sockets))
 
     @property
     def send_fds(self) -> tuple[int, ...]:
@@ -390,6 +387,15 @@ def _udp_socket(family: _Family) -> socket.socket:
 def _receive_buffer(udp: socket.socket) -> int:
     # The kernel doubles what it is asked for, and tells that.
     return udp.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) // 2
+
+
+def _drops(receive: socket.socket) -> int:
+    words = struct.Struct(f"={_SK_MEMINFO_DROPS + 1}I")
+    try:
+        told = receive.getsockopt(socket.SOL_SOCKET, _SO_MEMINFO, words.size)
+    except OSError:  # before Linux 4.12
+        return 0
+    return int(words.unpack(told)[_SK_MEMINFO_DROPS])
 
 
 def _widen(receive: socket.socket) -> None:
