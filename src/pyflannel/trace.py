@@ -5,6 +5,7 @@ It asks the tables that packets ask, the kernel's and the fast path's, and sends
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -31,6 +32,9 @@ async def trace(node: Node, address: IPAddress) -> dict[str, Any]:
     unused = {**table.quarantined(), **table.bad()}
     if found is not None and below is not None and is_direct:
         why = f"sent straight to {found.underlay} by {below.name}, on the same link (DirectRouting)"
+    elif overlay is None and known and (refusal := _refusal(node, known.subnet)):
+        instead = f", and sends it by {kernel.name}" if kernel else ""
+        why = f"the kernel has refused the route to {known.subnet} ({refusal}){instead}"
     elif overlay is None:
         ranges = (subnets.network for subnets in config.ranges)
         network = next((x for x in ranges if x.version == address.version), None)
@@ -62,6 +66,12 @@ def _reach(reach: Reach) -> dict[str, str | None]:
         "gateway": None if reach.gateway is None else str(reach.gateway),
         "source": None if reach.source is None else str(reach.source),
     }
+
+
+def _refusal(node: Node, subnet: IPNetwork) -> str | None:
+    """Return why the kernel has no route to a peer's subnet, None where it took it."""
+    found = (overlay.refused.get(subnet) for overlay in node.overlays)
+    return next((os.strerror(err) for err in found if err), None)
 
 
 def _why_not_ours(

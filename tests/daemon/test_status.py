@@ -221,6 +221,29 @@ def test_trace_of_what_never_comes_to_our_device(made: Lab) -> None:
         h1.ip("route", "flush", "table", "77")
 
 
+def test_trace_of_a_peer_whose_route_the_kernel_refuses(made: Lab) -> None:
+    h1 = made.hosts[0]
+    subnet, data = "10.244.253.0/24", {"VNI": 1, "VtepMAC": "0a:00:00:00:00:fd"}
+    key = f"{PREFIX}/subnets/{subnet.replace('/', '-')}"
+    value = {"PublicIP": "192.0.2.253", "BackendType": "vxlan", "BackendData": data}
+    # The gateway of the peer's route would be the host itself.
+    h1.ip("addr", "add", "10.244.253.0/32", "dev", "lo")
+    try:
+        made.etcdctl("put", key, json.dumps(value))
+        wait_until(lambda: not _ask(h1, "status")["ready"], "it is refused")
+        why = f"the kernel has refused the route to {subnet} (Invalid argument)"
+        found = _ask(h1, "trace", "10.244.253.9")
+        assert (found["sent"], found["why"]) == (False, f"{why}, and sends it by eth0")
+        h1.ip("route", "add", "unreachable", "10.244.0.0/16")
+        found = _ask(h1, "trace", "10.244.253.9")
+        assert (found["sent"], found["why"]) == (False, why)
+    finally:
+        h1.ip("route", "del", "unreachable", "10.244.0.0/16", check=False)
+        made.etcdctl("del", key)
+        h1.ip("addr", "del", "10.244.253.0/32", "dev", "lo")
+    wait_until(lambda: bool(_ask(h1, "status")["ready"]), "it is ready again")
+
+
 def test_trace_of_what_the_kernel_sends_us_and_we_cannot_send_on(made: Lab) -> None:
     h1, h2 = made.hosts[:2]
     made.etcdctl("put", f"{PREFIX}/subnets/10.244.251.0-24", '{"PublicIP":"127.0.0.1"}')
