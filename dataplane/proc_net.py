@@ -1,4 +1,4 @@
-"""What the kernel tells in /proc/net: who holds a socket, what a device dropped."""
+"""What the kernel tells in /proc of the network: who holds a socket, what a device dropped."""
 
 from __future__ import annotations
 
@@ -9,12 +9,18 @@ from pathlib import Path
 
 # Not /proc/net, which is that of the process: a thread may be in another network namespace.
 _PROC_NET = Path("/proc/thread-self/net")
+_NAMESPACE = Path("/proc/thread-self/ns/net")
 # Fields of a row of `udp` and `udp6`, and of `dev`.
 _LOCAL, _INODE = 1, 9
 _TRANSMIT_DROPS = 12
 # Fields of a row of `if_inet6`, and of its flags (linux/if_addr.h).
 _ADDRESS, _FLAGS = 0, 4
 _DAD_FAILED, _TENTATIVE = 0x08, 0x40
+
+
+def network_namespace() -> str:
+    """Return the name of this network namespace, which no other on this machine has."""
+    return os.readlink(_NAMESPACE)
 
 
 def udp_inodes(port: int, tables: Sequence[str] = ("udp", "udp6")) -> set[str]:

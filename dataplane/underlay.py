@@ -219,7 +219,7 @@ class _Taken:
 
 def _take(inherited: Inheritance, port: int, address: IPAddress) -> _Taken:
     """Take what is there of the sockets for this port and address."""
-    name = b"\0" + _lock_name(port, address.version).encode()
+    name = b"\0" + lock_name(port, address.version).encode()
     family = _FAMILIES[address.version].number
     locks = inherited.take_sockets(socket.AF_UNIX, socket.SOCK_STREAM, lambda own: own == name)
     receivers = inherited.take_sockets(family, socket.SOCK_DGRAM, lambda own: own[1] == port)
@@ -231,13 +231,14 @@ def _take(inherited: Inheritance, port: int, address: IPAddress) -> _Taken:
     )
 
 
-def _lock_name(port: int, version: int) -> str:
+def lock_name(port: int, version: int) -> str:
+    """Return the abstract name of a unix socket that whoever serves a port holds."""
     return f"pyflannel-udp/{port}" if version == 4 else f"pyflannel-udp/{port}/ipv6"
 
 
 def _instance_lock(port: int, version: int) -> socket.socket:
     """Hold an abstract name, of which there is one in each network namespace."""
-    name = _lock_name(port, version)
+    name = lock_name(port, version)
     lock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         lock.bind(f"\0{name}")

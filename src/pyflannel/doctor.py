@@ -28,6 +28,7 @@ from pyflannel.control.network_config import NetworkConfig
 from pyflannel.control.vtep_identity import read_machine_id
 from pyflannel.control_socket import NoAnswer, ask, find_socket
 from pyflannel.dataplane.netlink import Netlink
+from pyflannel.dataplane.proc_net import network_namespace
 from pyflannel.dataplane.refusal import Refusal
 from pyflannel.dataplane.route import DEFAULT_PORT, IPAddress, Vni
 from pyflannel.etcd_access import ask_etcd
@@ -93,22 +94,36 @@ def _ask_daemon(command: Command, report: Report) -> Any:
         return None
     except Refusal:
         return None
-    report.add(
-        "daemon",
-        [
-            failure(f"the daemon is not ready: {name}: {why}", "docs/troubleshoot.md tells more")
-            for name, why in status["reasons"].items()
-        ],
-    )
+    findings = [
+        failure(f"the daemon is not ready: {name}: {why}", "docs/troubleshoot.md tells more")
+        for name, why in status["reasons"].items()
+    ]
+    if _is_elsewhere(status):
+        findings.append(
+            failure(
+                "the daemon is in another network namespace than this command, which cannot look "
+                "at the daemon's host",
+                "run doctor there: docker exec, or nsenter --net --target the daemon's pid",
+            )
+        )
+    report.add("daemon", findings)
     return status
+
+
+def _is_elsewhere(daemon: Any) -> bool:
+    # A daemon of an older version does not tell.
+    here = network_namespace()
+    return bool(daemon.get("network_namespace", here) != here)
 
 
 async def examine(command: Command) -> Report:
     """Run every check that can be run."""
     options, report = command.options, Report()
     daemon = _ask_daemon(command, report)
+    if daemon is not None and _is_elsewhere(daemon):
+        return report
     report.add("tun", host.check_tun())
-    report.add("capabilities", host.check_capabilities())
+    report.add("capabilities", host.check_capabilities(is_running=daemon is not None))
     reading, findings = await cluster.check_etcd(options)
     report.add("etcd", findings)
     config = None
@@ -117,7 +132,7 @@ async def examine(command: Command) -> Report:
         report.add("configuration", findings)
     # A wrong clock may be why etcd cannot be asked.
     report.add("clock", await cluster.check_clock(options))
-    _check_host(report, options, config, None if daemon is None else daemon["pid"])
+    _check_host(report, options, config, daemon)
     devices = _devices(config)
     async with Netlink() as netlink:
         links = await netlink.links()
@@ -173,14 +188,15 @@ def _port(config: NetworkConfig | None) -> int:
 
 
 def _check_host(
-    report: Report, options: Options, config: NetworkConfig | None, daemon: int | None
+    report: Report, options: Options, config: NetworkConfig | None, daemon: Any
 ) -> None:
     devices, port = _devices(config), _port(config)
     networks = [subnets.network for subnets in config.ranges] if config else [ANY_NETWORK]
     nftables = config is not None and config.enable_nftables
     report.add("files", host.check_files(_files(options, devices)))
-    report.add("port", host.check_port(port, daemon))
-    report.add("receive-buffer", host.check_receive_buffer())
+    report.add("port", host.check_port(port, is_running=daemon is not None))
+    given = [x.get("receive_buffer_bytes") for x in daemon["devices"]] if daemon else []
+    report.add("receive-buffer", host.check_receive_buffer(next(iter(given), None)))
     report.add(
         "firewall",
         [

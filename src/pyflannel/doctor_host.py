@@ -1,7 +1,8 @@
 """Checks of this host: device file, capabilities, port, buffers, leftovers, firewall, settings.
 
 Each function looks at one thing and returns what is amiss, nothing where all is well. None changes
-anything, and none needs a daemon or etcd.
+anything, and none needs a daemon or etcd; where one runs, what it was given counts, not what this
+process would be given.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from pathlib import Path
 
 from pyflannel.dataplane import sysctl
 from pyflannel.dataplane.netlink import Link
-from pyflannel.dataplane.proc_net import processes, udp_inodes
+from pyflannel.dataplane.proc_net import processes, udp_inodes, unix_inodes
 from pyflannel.dataplane.route import IPNetwork
-from pyflannel.dataplane.underlay import grantable_receive_buffer
+from pyflannel.dataplane.underlay import grantable_receive_buffer, lock_name
 from pyflannel.finding import Finding, failure, warning
 from pyflannel.overlay import small_buffer_warning
 from pyflannel.traffic import bridge_warning
@@ -51,12 +52,17 @@ def check_tun() -> Iterator[Finding]:
         )
 
 
-def check_capabilities() -> Iterator[Finding]:
-    """This process must be allowed what the daemon does."""
-    for name in _missing_capabilities():
-        yield failure(
-            f"this process lacks {name}",
-            f"run as root, or give the container --cap-add {name.removeprefix('CAP_')}",
+def check_capabilities(*, is_running: bool) -> Iterator[Finding]:
+    """This process must be allowed what the daemon does, unless one runs, and what doctor does."""
+    remedy = "run as root, or give the container --cap-add {}"
+    missing = _missing_capabilities()
+    if "CAP_NET_ADMIN" in missing and not is_running:
+        yield failure("this process lacks CAP_NET_ADMIN", remedy.format("NET_ADMIN"))
+    if "CAP_NET_RAW" in missing:
+        yield warning(
+            "this process lacks CAP_NET_RAW, by which doctor asks peers for an answer, and which "
+            "the daemon needs for iptables of the legacy flavour",
+            remedy.format("NET_RAW"),
         )
 
 
@@ -66,10 +72,15 @@ def _missing_capabilities() -> list[str]:
     return [name for name, bit in _CAPABILITIES.items() if not effective >> bit & 1]
 
 
-def check_receive_buffer() -> Iterator[Finding]:
-    """A receive socket must hold a burst; that CAP_NET_ADMIN is missing is told elsewhere."""
-    if "CAP_NET_ADMIN" not in _missing_capabilities():
-        yield from _warned(small_buffer_warning(grantable_receive_buffer()))
+def check_receive_buffer(given: int | None) -> Iterator[Finding]:
+    """A receive socket must hold a burst; `given` are the running daemon's bytes.
+
+    That CAP_NET_ADMIN is missing is told elsewhere.
+    """
+    if given is None and "CAP_NET_ADMIN" not in _missing_capabilities():
+        given = grantable_receive_buffer()
+    if given is not None:
+        yield from _warned(small_buffer_warning(given))
 
 
 def _warned(sentence: str | None) -> Iterator[Finding]:
@@ -96,12 +107,19 @@ def check_files(files: Mapping[str, Path]) -> Iterator[Finding]:
         yield say(found, f"make room or mend the mount, or choose another place with {flag}")
 
 
-def check_port(port: int, daemon: int | None) -> Iterator[Finding]:
-    """Nobody but the running daemon, whose pid is given, may hold the UDP port."""
+def check_port(port: int, *, is_running: bool) -> Iterator[Finding]:
+    """Nobody but the running daemon may hold the UDP port."""
     inodes = udp_inodes(port)
-    if not inodes or daemon is not None:
+    if not inodes or is_running:
         return
     holders = processes(inodes)
+    if unix_inodes(f"@{lock_name(port, 4)}"):
+        yield warning(
+            f"a pyflannel-udp serves UDP port {port} here and cannot be asked, so how it does is "
+            "not known",
+            "run doctor where that runs, as by docker exec, or name its folder with --control-dir",
+        )
+        return
     yield failure(
         f"UDP port {port} is held by {', '.join(holders) or 'a process that is not visible here'}",
         f"stop it; `ss -uanp sport = :{port}` on the host shows it",

@@ -217,6 +217,11 @@ class Overlay:
         return replace(counters, drops=counters.drops | kernel)
 
     @property
+    def receive_buffer(self) -> int:
+        """How many bytes a receive socket was given."""
+        return self._underlay.receive_buffer
+
+    @property
     def threads(self) -> int:
         """How many packet threads are at work."""
         return 0 if self._forwarder is None else self._forwarder.threads
@@ -322,7 +327,7 @@ class Overlay:
                 self.version,
                 sysctl.key(forwarding),
             )
-        if warning := small_buffer_warning(self._underlay.receive_buffer):
+        if warning := small_buffer_warning(self.receive_buffer):
             log.warning("%s: %s", self.device, warning)
         self._start()
         log.info(

@@ -21,6 +21,7 @@ from pyflannel.control.lease import LEASE_TTL_SECONDS
 from pyflannel.control.own_lease import OwnLease
 from pyflannel.control_socket import Request
 from pyflannel.dataplane.fastpath import PeerTraffic, Traffic
+from pyflannel.dataplane.proc_net import network_namespace
 from pyflannel.dataplane.refusal import Refusal
 from pyflannel.dataplane.route import Route
 from pyflannel.lease_value import leases_value
@@ -59,6 +60,7 @@ async def status(node: Node) -> Json:
     return {
         "version": version("pyflannel-udp"),
         "pid": os.getpid(),
+        "network_namespace": network_namespace(),
         "uptime_seconds": time.monotonic() - node.started,
         "ready": node.readiness.is_ready,
         "reasons": dict(node.readiness.reasons),
@@ -122,6 +124,7 @@ def _device(node: Node, overlay: Overlay) -> Json:
         "address": str(underlying.choice.address),
         "public_ip": str(underlying.public_ip),
         "offloads": str(overlay.offload),
+        "receive_buffer_bytes": overlay.receive_buffer,
         "workers": node.options.workers,
         "threads": overlay.threads,
         **dataclasses.asdict(counters.traffic),

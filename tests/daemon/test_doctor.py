@@ -211,6 +211,32 @@ def test_no_capability(patient: Host) -> None:
     assert _amiss(found)["capabilities"] == ["this process lacks CAP_NET_ADMIN"]
 
 
+def test_rights_of_the_daemon_are_not_those_of_doctor(made: Lab, patient: Host) -> None:
+    made.start_daemon(patient)
+    code, found = _doctor(patient, wrapper=("setpriv", "--bounding-set=-all", "--inh-caps=-all"))
+    assert code == 1
+    assert list(_amiss(found)) == ["capabilities"]
+    (sentence,) = _amiss(found)["capabilities"]
+    assert sentence.startswith("this process lacks CAP_NET_RAW, ")
+
+
+def test_a_daemon_that_cannot_be_asked_is_known(made: Lab, patient: Host) -> None:
+    made.start_daemon(patient, "--control-dir", str(patient.folder / "elsewhere"))
+    code, found = _doctor(patient)
+    assert code == 1
+    assert list(_amiss(found)) == ["port"]
+    (sentence,) = _amiss(found)["port"]
+    assert sentence.startswith("a pyflannel-udp serves UDP port 8472 here and cannot be asked")
+
+
+def test_a_daemon_in_another_network_namespace(made: Lab, patient: Host) -> None:
+    code, found = _doctor(patient, "--control-dir", str(made.hosts[1].folder))
+    assert code == 2
+    (sentence,) = _amiss(found)["daemon"]
+    assert sentence.startswith("the daemon is in another network namespace")
+    assert list(found) == ["daemon"]
+
+
 def test_port_is_taken(patient: Host) -> None:
     program = "import socket,time;s=socket.socket(2,2);s.bind(('',8472));time.sleep(60)"
     holder = patient.start("python3", "-c", program, log=patient.folder / "holder.log")
