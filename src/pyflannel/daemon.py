@@ -67,6 +67,9 @@ from pyflannel.vtep_mac import own_vtep_mac
 
 log = logging.getLogger(__name__)
 
+SUBNET_FILE = "subnet-file"
+SUBNET_FILE_SECONDS = 1.0
+
 
 def _spare_collector() -> None:
     """Leave what is there now out of garbage collection, as it stays.
@@ -93,6 +96,7 @@ class Daemon:
         self._node = Node(options)
         self.handover = Handover(self._node)
         self._overlays = Overlays(self._node.overlays)
+        self._subnet_file_due = asyncio.Event()
 
     async def start_and_run(self) -> None:
         """Bring the node up and keep it up; returns never, raises Refusal."""
@@ -135,7 +139,7 @@ class Daemon:
                 table,
                 node.readiness,
                 on_moved=partial(self._move, etcd, keeper, table),
-                on_resized=self._write_subnet_file,
+                on_resized=self._subnet_file_due.set,
             )
             for overlay in overlays.each
         ]
@@ -162,6 +166,7 @@ class Daemon:
             keeper.run(partial(self._adopt, table, traffic)),
             sync.run(),
             traffic.run(),
+            self._keep_subnet_file(),
             watch_pulse(node, os.environ),
             follow_config(node),
             reload_when_told(node, self._read_options, self._hangup),
@@ -251,7 +256,7 @@ class Daemon:
         await self._overlays.apply(table.set_own_subnet(own.subnet))
         await self._overlays.adopt(own.subnet)
         traffic.adopt(self._overlays.pairs)
-        self._write_subnet_file()
+        self._subnet_file_due.set()
 
     async def _serve_health(self, inherited: Inheritance) -> None:
         options, readiness = self._options, self._node.readiness
@@ -274,10 +279,32 @@ class Daemon:
 
         self._stack.push_async_callback(close)
 
+    async def _keep_subnet_file(self) -> None:
+        """Write it anew when our subnet or MTU has changed, for ever; a full disk is waited for."""
+        while True:
+            await self._subnet_file_due.wait()
+            self._subnet_file_due.clear()
+            try:
+                self._write_subnet_file()
+            except Refusal as error:
+                self._node.readiness.set(
+                    SUBNET_FILE, f"{error}; trying again, until then it tells what was before"
+                )
+                self._subnet_file_due.set()
+                await asyncio.sleep(SUBNET_FILE_SECONDS)
+            else:
+                self._node.readiness.clear(SUBNET_FILE)
+
     def _write_subnet_file(self) -> None:
         options, overlays = self._options, self._overlays
         path = options.subnet_file
         mtu = options.flannel_mtu or overlays.mtu
+        try:
+            write_subnet_file(path, SubnetFile(overlays.pairs, mtu, options.ip_masq))
+        except OSError as error:
+            raise Refusal(
+                f"{path}: cannot be written ({error.strerror}); choose another with --subnet-file"
+            ) from error
         for overlay in overlays.each:
             if mtu > overlay.underlying.mtu:
                 log.warning(
@@ -286,12 +313,6 @@ class Daemon:
                     overlay.underlying.mtu,
                     overlay.device,
                 )
-        try:
-            write_subnet_file(path, SubnetFile(overlays.pairs, mtu, options.ip_masq))
-        except OSError as error:
-            raise Refusal(
-                f"{path}: cannot be written ({error.strerror}); choose another with --subnet-file"
-            ) from error
         log.info("Wrote subnet file to %s", path)
 
 

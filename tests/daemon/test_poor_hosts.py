@@ -5,8 +5,10 @@ h1 (ours) -- switch, etcd -- h2 (ours)
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,7 +17,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.lab.hosts import ETCD_PORT, PREFIX, SWITCH_ADDRESS, Host, Lab, lab, ping, wait_until
+from pyflannel.control.subnet_file import variables_untrusted
+from tests.lab.hosts import (
+    ETCD_PORT,
+    PREFIX,
+    SWITCH_ADDRESS,
+    Host,
+    Lab,
+    freeze,
+    lab,
+    ping,
+    wait_until,
+)
 from tests.lab.require import require_program, require_root
 
 MAC = "0a:00:00:00:00:77"
@@ -97,6 +110,33 @@ def test_what_stands_on_a_full_disk_is_used(made: Lab, host: Host) -> None:
     flags = ("--subnet-file", str(state / "subnet.env"))
     made.start_daemon(host, *flags, wrapper=_after(full))
     assert made.leases() == before
+
+
+def test_another_subnet_is_used_before_a_full_disk_takes_it(made: Lab, host: Host) -> None:
+    state = host.folder / "state"
+    state.mkdir()
+    flags = ("--subnet-file", str(state / "subnet.env"))
+    small = _after(f"mount -t tmpfs -o size=12k none {state}")
+    daemon = host.processes[made.start_daemon(host, *flags, wrapper=small)]
+    disk = Path(f"/proc/{daemon.pid}/root{state}")
+    (subnet,) = made.leases()
+    old = (disk / "subnet.env").read_text()
+    with contextlib.suppress(OSError):
+        (disk / "filler").write_bytes(bytes(20_000))
+    freeze(daemon)
+    made.etcdctl("del", f"{PREFIX}/subnets/{subnet}")
+    made.etcdctl("put", f"{PREFIX}/subnets/{subnet}", '{"PublicIP":"192.168.77.99"}')
+    daemon.send_signal(signal.SIGCONT)
+    wait_until(lambda: "not ready (subnet-file)" in host.log.read_text(), "it says so")
+    made.start_daemon(made.hosts[1])
+    peer = _base(made.hosts[1])
+    wait_until(lambda: ping(host, peer), "a ping from the new address")
+    assert (disk / "subnet.env").read_text() == old
+    (disk / "filler").unlink()
+    wait_until(lambda: "cleared: subnet-file" in host.log.read_text(), "it is written")
+    new = ip_interface(variables_untrusted((disk / "subnet.env").read_text())["FLANNEL_SUBNET"])
+    assert f"{new.network.network_address}-24" in made.leases().keys() - {subnet}
+    assert host.log.read_text().count("not ready (subnet-file)") == 1
 
 
 def test_a_full_disk_without_what_is_needed(made: Lab, host: Host) -> None:
