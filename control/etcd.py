@@ -159,12 +159,14 @@ class Etcd:
 
     async def grant(self, ttl: int) -> int:
         """Make a lease of `ttl` seconds; return its id."""
-        answer = await self._ask("Lease", "LeaseGrant", message("LeaseGrantRequest")(TTL=ttl))
+        request = message("LeaseGrantRequest")(TTL=ttl)
+        answer = await self._ask("Lease", "LeaseGrant", request, is_write=True)
         return int(answer.ID)
 
     async def revoke(self, lease: int) -> None:
         """End a lease; its keys are deleted."""
-        await self._ask("Lease", "LeaseRevoke", message("LeaseRevokeRequest")(ID=lease))
+        request = message("LeaseRevokeRequest")(ID=lease)
+        await self._ask("Lease", "LeaseRevoke", request, is_write=True)
 
     async def time_to_live(self, lease: int) -> int:
         """Return the seconds a lease has left, -1 if it is gone."""
@@ -233,7 +235,7 @@ class Etcd:
         )
         read = message("RequestOp")(request_range=message("RangeRequest")(key=key.encode()))
         request = message("TxnRequest")(compare=[compare], success=[operation], failure=[read])
-        answer = await self._ask("KV", "Txn", request)
+        answer = await self._ask("KV", "Txn", request, is_write=True)
         current = None
         if not answer.succeeded and answer.responses[0].response_range.kvs:
             current = _key_value(answer.responses[0].response_range.kvs[0])

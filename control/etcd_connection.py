@@ -27,6 +27,9 @@ CONNECT_SECONDS = 2.0
 REQUEST_SECONDS = 3.0
 PATIENCE_MAX_SECONDS = 10.0
 """An etcd that is slow, though connected, gets more time with each request that ran out of it."""
+WRITES_HELD_SECONDS = 600.0
+"""How long a write that hangs costs nobody else anything, after every endpoint was tried."""
+WRITES_HELD = "no endpoint answers a write in time"
 CLOCK_SECONDS = 1.0
 """By more than this the clock jumps when it is set; NTP turns what is less in small steps."""
 
@@ -195,6 +198,7 @@ class Connections:
         self._connection: Connection | None = None
         self._lock = asyncio.Lock()
         self._patience = REQUEST_SECONDS
+        self._writes_held_until = 0.0
 
     @property
     def endpoint(self) -> str:
@@ -214,46 +218,64 @@ class Connections:
             self._connection.lost.set_result(why)
             self.leave(self._connection, why)
 
-    async def ask(self, service: str, method: str, request: Any) -> Any:
+    async def ask(self, service: str, method: str, request: Any, *, is_write: bool = False) -> Any:
         """Ask one endpoint after the other until one answers.
 
-        EtcdRejected when etcd says no to this request, EtcdUnavailable when nobody answered.
+        EtcdRejected when etcd says no to this request, EtcdUnavailable when nobody answered. A
+        write that hangs on a connection that stands is rejected too: whether etcd answers is for
+        the reads to tell, which go on beside it.
         """
-        clause, token_is_fresh = "", False
+        clause, token_is_fresh, is_held = "", False, False
         refusing: set[str] = set()
         for _ in range(len(self._endpoints) + 1):
             connection = await self._get()
             started = time.monotonic()
+            is_asked = is_held = False
+            waits = is_write and started < self._writes_held_until
+            patience = PATIENCE_MAX_SECONDS if waits else self._patience
             try:
                 with connection.use():
                     await self._make_usable(connection)
+                    is_asked = True
                     answer = await connection.answer(
                         call(connection.channel, service, method)(
-                            request, timeout=self._patience, metadata=connection.metadata
+                            request, timeout=patience, metadata=connection.metadata
                         )
                     )
             except grpc.aio.AioRpcError as error:
                 fault, clause = self._diagnose(connection, error)
+                is_late = error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+                is_held = is_write and is_asked and is_late
             except _NotConnected as error:
                 fault, clause = error.fault, f"{connection.endpoint}: {error}"
             else:
+                if is_write:
+                    self._writes_held_until = 0.0
                 if time.monotonic() - started < REQUEST_SECONDS / 2:
                     self._patience = REQUEST_SECONDS
                 self._session.answered(answer.header.cluster_id, answer.header.revision)
                 return answer
             if fault is Fault.REQUEST:
-                self._session.rejected(clause)
-                raise EtcdRejected(clause)
+                raise self._reject(clause)
             if fault is Fault.TOKEN and self._username and not token_is_fresh:
                 connection.token, token_is_fresh = None, True
                 continue
+            if is_held and waits:
+                raise self._reject(WRITES_HELD)
             self.leave(connection, clause)
             if fault is not Fault.ENDPOINT:
                 refusing.add(connection.endpoint)
                 if len(refusing) == len(self._endpoints):
                     break
+        if is_held:
+            self._writes_held_until = time.monotonic() + WRITES_HELD_SECONDS
+            raise self._reject(WRITES_HELD)
         (self._session.refused if refusing else self._session.failed)(clause)
         raise EtcdUnavailable(clause)
+
+    def _reject(self, why: str) -> EtcdRejected:
+        self._session.rejected(why)
+        return EtcdRejected(why)
 
     @contextlib.asynccontextmanager
     async def stream(self, service: str, method: str) -> AsyncIterator[Stream]:

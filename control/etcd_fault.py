@@ -14,7 +14,7 @@ class EtcdUnavailable(Exception):
 
 
 class EtcdRejected(EtcdUnavailable):
-    """etcd answered, and the answer to this request is no."""
+    """etcd can be asked, but does not do this: its answer is no, or it leaves a write hanging."""
 
 
 class Fault(Enum):

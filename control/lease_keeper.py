@@ -48,9 +48,12 @@ log = logging.getLogger(__name__)
 RETRY_SECONDS = 1.0
 EXHAUSTED_SECONDS = 5.0
 RENEW_CHECK_SECONDS = 60.0
+LATE = 0.5
+"""Share of the margin before the lease's end within which it is too late for a first renewal."""
 
 CONFLICT = "duplicate-public-ip"
 NO_LEASE = "no-lease"
+STALE_LEASE = "stale-lease"
 SUBNET_CHANGED = "subnet-changed"
 
 
@@ -105,6 +108,7 @@ class LeaseKeeper:
         self._ends_at: float | None = None
         self._chance = 0.0
         self._written = 0
+        self._is_renewal_told = False
         self._last_foreign = 0
         self._foreign_puts = self._renewals = self._losses = 0
         self._moved = asyncio.Event()
@@ -186,7 +190,13 @@ class LeaseKeeper:
         self._ends_at = _now() + LEASE_TTL_SECONDS if lease.etcd_lease else None
         self._chance = self._rng.random()
         self._written = lease.mod_revision
+        self._fresh()
         return lease
+
+    def _fresh(self) -> None:
+        """Take in that etcd has our value, for as long as an etcd lease lasts."""
+        self._is_renewal_told = False
+        self._readiness.clear(STALE_LEASE)
 
     async def run(self, on_change: Callable[[Lease], Awaitable[None]]) -> None:
         """Renew and watch for ever; `on_change` gets a lease of another subnet."""
@@ -241,6 +251,13 @@ class LeaseKeeper:
                     return True
                 reservation = self._state is LeaseState.RESERVED
                 written = await self._writer.write(lease.subnet, kv, reservation=reservation)
+            except EtcdRejected as error:
+                self._readiness.set(
+                    STALE_LEASE,
+                    f"our lease {lease.subnet} does not tell our new address yet, so peers send "
+                    f"to the old one: {error}; trying again",
+                )
+                return False
             except EtcdUnavailable as error:
                 log.debug("cannot advertise our new address: %s", error)
                 return False
@@ -270,7 +287,7 @@ class LeaseKeeper:
         try:
             renewed = await self._writer.write(lease.subnet, lease, reservation=False)
         except EtcdUnavailable as error:
-            log.error("cannot renew lease %s: %s", lease.subnet, error)
+            self._tell_not_renewed(lease, error)
             return False
         if renewed is None:
             log.warning("lease %s was changed by somebody else: not renewed", lease.subnet)
@@ -280,6 +297,20 @@ class LeaseKeeper:
         when = time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(self._expires_at))
         log.info("Lease renewed, new expiration: %s", when)
         return True
+
+    def _tell_not_renewed(self, lease: Lease, error: EtcdUnavailable) -> None:
+        assert self._ends_at is not None
+        if not self._is_renewal_told:
+            self._is_renewal_told = True
+            log.error("cannot renew lease %s, trying again: %s", lease.subnet, error)
+        if self._ends_at - _now() < self._margin * LATE:
+            # No error in it: that may be another for each endpoint and so be said again and again.
+            self._readiness.set(
+                STALE_LEASE,
+                f"our lease {lease.subnet} ends within {self._margin * LATE / 60:.0f} min and "
+                "cannot be renewed, as etcd takes no writes or is not reached: peers will let go "
+                "of us; trying again",
+            )
 
     async def _follow(self, on_change: Callable[[Lease], Awaitable[None]]) -> None:
         """Read our own key and watch it, exactly it, until the watch ends or our subnet changes."""
@@ -356,6 +387,7 @@ class LeaseKeeper:
         if kv.lease != lease.etcd_lease:
             ttl = await self._etcd.time_to_live(kv.lease) if kv.lease else 0
             self._ends_at = _now() + ttl if kv.lease else None
+            self._fresh()
         if sighting is Sighting.RESERVED:
             log.warning("lease %s was put without an etcd lease: now a reservation", lease.subnet)
         elif sighting is Sighting.COPIED:
