@@ -32,6 +32,7 @@ from pyflannel.control.lease_list import RecentSnapshot
 from pyflannel.control.lease_writer import LeaseWriter, OwnIdentity
 from pyflannel.control.network_config import NetworkConfig
 from pyflannel.control.own_lease import (
+    COPIES_TOLERATED,
     TRANSITIONS,
     Action,
     LeaseState,
@@ -51,13 +52,26 @@ RENEW_CHECK_SECONDS = 60.0
 LATE = 0.5
 """Share of the margin before the lease's end within which it is too late for a first renewal."""
 
+PROTESTS = 2 * (COPIES_TOLERATED + 1)
+"""So many puts of ours show a host that has just started that it has a twin, also one that misses
+some, as two were written before it looked.
+"""
+PROTEST_SECONDS = 10.0
+"""After so long without a put of its own the other has started anew, or may have."""
+
 CONFLICT = "duplicate-public-ip"
 NO_LEASE = "no-lease"
 STALE_LEASE = "stale-lease"
 SUBNET_CHANGED = "subnet-changed"
 
 
-_BY_OTHERS = (Sighting.RESERVED, Sighting.BARE, Sighting.COPIED, Sighting.FOREIGN)
+_BY_OTHERS = (
+    Sighting.RESERVED,
+    Sighting.BARE,
+    Sighting.COPIED,
+    Sighting.TWIN,
+    Sighting.FOREIGN,
+)
 
 
 def _now() -> float:
@@ -110,6 +124,8 @@ class LeaseKeeper:
         self._written = 0
         self._is_renewal_told = False
         self._last_foreign = 0
+        self._protests = 0
+        self._protested_at = 0.0
         self._foreign_puts = self._renewals = self._losses = 0
         self._moved = asyncio.Event()
         # A reading of our key must not be judged while a write of ours is under way.
@@ -160,7 +176,8 @@ class LeaseKeeper:
         """Go on with the lease of the process before us; what it tells may have changed since."""
         self._hold(lease)
         self._ends_at = None if expires_at is None else _now() + expires_at - time.time()
-        self._writer.granted.append(lease.etcd_lease)
+        if lease.etcd_lease:
+            self._writer.granted.append(lease.etcd_lease)
         if lease.attributes.to_json() != self._writer.value:
             self._moved.set()
         return lease
@@ -357,11 +374,14 @@ class LeaseKeeper:
             self._state, action = TRANSITIONS[before, sighting]
             if action is Action.NOTHING:
                 return
-            if action is Action.REPORT:
+            if action in (Action.REPORT, Action.PROTEST):
                 assert kv is not None
                 if before is not LeaseState.CONTESTED:
                     self._readiness.set(CONFLICT, self._conflict(kv))
-                return
+                if action is Action.REPORT or not self._may_protest():
+                    return
+                # Not yet: whoever is disturbed here protests again.
+                self._state = before
             if action is Action.ACQUIRE:
                 await self._move(lease, on_change)
                 return
@@ -372,15 +392,36 @@ class LeaseKeeper:
             if action is Action.CREATE and before is not LeaseState.LOST:
                 self._losses += 1
                 log.warning("our lease %s is gone from etcd: creating it again", lease.subnet)
-            reservation = self._state is LeaseState.RESERVED
+            if sighting is Sighting.COPIED:
+                log.warning(
+                    "somebody else put our own value to lease %s; if another host uses our public "
+                    "IP %s, give each its own --public-ip",
+                    lease.subnet,
+                    self._identity.public_ip,
+                )
+            reservation = self._state is LeaseState.RESERVED or (
+                sighting is Sighting.TWIN and kv is not None and kv.lease == 0
+            )
             ours = await self._writer.write(lease.subnet, kv, reservation=reservation)
             if ours is not None:
                 self._hold(ours)
+                if action is Action.PROTEST:
+                    self._state = LeaseState.CONTESTED
+                    return
                 log.info("Allocated lease (%s) to current node", lease.subnet.ipv4)
                 self._quiet()
                 return
             reading = await self._etcd.get(lease_key(self._prefix, lease.subnet))
             self._written, kv = reading.revision, reading.kv
+
+    def _may_protest(self) -> bool:
+        """Whether our twin is to see us once more: both answer, so both must stop."""
+        now = _now()
+        if now - self._protested_at > PROTEST_SECONDS:
+            self._protests = 0
+        self._protests += 1
+        self._protested_at = now
+        return self._protests <= PROTESTS
 
     async def _adopt(self, lease: Lease, kv: KeyValue, sighting: Sighting) -> None:
         """Take what the key says about itself for our own."""
@@ -390,13 +431,6 @@ class LeaseKeeper:
             self._fresh()
         if sighting is Sighting.RESERVED:
             log.warning("lease %s was put without an etcd lease: now a reservation", lease.subnet)
-        elif sighting is Sighting.COPIED:
-            log.warning(
-                "somebody else put our own value to lease %s; if another host uses our public IP "
-                "%s, give each its own --public-ip",
-                lease.subnet,
-                self._identity.public_ip,
-            )
         self._lease = replace(
             lease,
             create_revision=kv.create_revision,
@@ -429,8 +463,8 @@ class LeaseKeeper:
         remedy = "stop who wrote it, then restart"
         with contextlib.suppress(BadLease):
             if parse_lease_attributes_untrusted(kv.value).public_ip == address:
-                remedy = (
-                    f"another host uses our public IP {address}, give each its own --public-ip "
-                    "and restart"
-                )
+                used = f"our public IP {address}"
+                if _is_of(kv, self._identity.vtep_mac):
+                    used += ", and as a copy of this one our VTEP MAC"
+                remedy = f"another host uses {used}; give each its own --public-ip and restart"
         return f"somebody else wrote to our lease {key}: {value}; {remedy}"

@@ -209,8 +209,13 @@ class LeaseWriter:
         written = commit.revision
         if not commit.succeeded:
             current = commit.current
-            # An answer that got lost: the write that is there is the one we just made.
-            if current is None or current.lease != granted or current.value != self.value:
+            # An answer that got lost: the write that is there is the one we just made. A
+            # reservation of this value can be another host's, so it is written once more.
+            if (
+                current is None
+                or not granted
+                or (current.lease, current.value) != (granted, self.value)
+            ):
                 await self._revoke(granted)
                 return None
             written, created = current.mod_revision, current.create_revision

@@ -9,19 +9,25 @@ What our key shows (Sighting)
   RESERVED  ours without an etcd lease: a reservation, never renewed
   BARE      a reservation of our public IP that lacks our MAC
   COPIED    our very value, put by somebody else
+  TWIN      our very value, put by somebody else again and again
   FOREIGN   put by somebody else, with another MAC or again and again
   TAKEN     deleted, and created by a host with another public IP
   GONE      there is no key
 
             HELD                RESERVED            LOST                CONTESTED
- OURS       HELD     adopt      RESERVED nothing    HELD     adopt      HELD     adopt
+ OURS       HELD     adopt      RESERVED nothing    HELD     adopt      CONTESTED nothing
  REWOUND    HELD     rewrite    RESERVED rewrite    HELD     rewrite    HELD     rewrite
- RESERVED   RESERVED adopt      RESERVED adopt      RESERVED adopt      RESERVED adopt
+ RESERVED   RESERVED adopt      RESERVED rewrite    RESERVED adopt      RESERVED adopt
  BARE       RESERVED rewrite    RESERVED rewrite    RESERVED rewrite    RESERVED rewrite
- COPIED     HELD     adopt      HELD     adopt      HELD     adopt      HELD     adopt
+ COPIED     HELD     rewrite    HELD     rewrite    HELD     rewrite    HELD     rewrite
+ TWIN       CONTESTED protest   CONTESTED protest   CONTESTED protest   CONTESTED protest
  FOREIGN    CONTESTED report    CONTESTED report    CONTESTED report    CONTESTED report
  TAKEN      LOST     acquire    LOST     acquire    LOST     acquire    LOST     acquire
  GONE       LOST     create     LOST     create     LOST     create     LOST     create
+
+A host that writes what we write is there, if it is, to answer each put of ours with one of its own:
+so a copy is written over, and a twin, which has answered, is told a few times more that we are here
+and have seen it (protest). Whoever sees either does the same, until both have reported the other.
 
 SEEKING is the time before the first lease, RELEASED that after it was given back or left to a
 successor; no key is judged in either.
@@ -48,7 +54,7 @@ RENEW_JITTER = 0.05
 """Share of the time until renewal by which it may come earlier, so that a cluster spreads out."""
 
 COPIES_TOLERATED = 2
-"""Foreign puts of our own value that are adopted before they count as a second writer."""
+"""Foreign puts of our own value that are written over before they count as a second writer."""
 
 
 class LeaseState(Enum):
@@ -70,6 +76,7 @@ class Sighting(Enum):
     RESERVED = "reserved"
     BARE = "bare"
     COPIED = "copied"
+    TWIN = "twin"
     FOREIGN = "foreign"
     TAKEN = "taken"
     GONE = "gone"
@@ -82,6 +89,7 @@ class Action(Enum):
     ADOPT = "adopt"
     REWRITE = "rewrite"
     REPORT = "report"
+    PROTEST = "protest"
     CREATE = "create"
     ACQUIRE = "acquire"
 
@@ -93,12 +101,15 @@ TRANSITIONS: dict[tuple[LeaseState, Sighting], tuple[LeaseState, Action]] = {
     **{(state, _S.REWOUND): (_L.HELD, _A.REWRITE) for state in WITH_KEY},
     **{(state, _S.RESERVED): (_L.RESERVED, _A.ADOPT) for state in WITH_KEY},
     **{(state, _S.BARE): (_L.RESERVED, _A.REWRITE) for state in WITH_KEY},
-    **{(state, _S.COPIED): (_L.HELD, _A.ADOPT) for state in WITH_KEY},
+    **{(state, _S.COPIED): (_L.HELD, _A.REWRITE) for state in WITH_KEY},
+    **{(state, _S.TWIN): (_L.CONTESTED, _A.PROTEST) for state in WITH_KEY},
     **{(state, _S.FOREIGN): (_L.CONTESTED, _A.REPORT) for state in WITH_KEY},
     **{(state, _S.TAKEN): (_L.LOST, _A.ACQUIRE) for state in WITH_KEY},
     **{(state, _S.GONE): (_L.LOST, _A.CREATE) for state in WITH_KEY},
     (_L.RESERVED, _S.OURS): (_L.RESERVED, _A.NOTHING),
     (_L.RESERVED, _S.REWOUND): (_L.RESERVED, _A.REWRITE),
+    (_L.RESERVED, _S.RESERVED): (_L.RESERVED, _A.REWRITE),
+    (_L.CONTESTED, _S.OURS): (_L.CONTESTED, _A.NOTHING),
 }
 
 
@@ -154,7 +165,7 @@ def judge(
     if theirs.vtep is not None and ours.vtep is not None and theirs.vtep.mac != ours.vtep.mac:
         return Sighting.FOREIGN
     if foreign_puts >= COPIES_TOLERATED:
-        return Sighting.FOREIGN
+        return Sighting.TWIN if kv.value == value else Sighting.FOREIGN
     if kv.lease == 0:
         return Sighting.RESERVED if kv.value == value else Sighting.BARE
     return Sighting.COPIED if kv.value == value else Sighting.FOREIGN

@@ -17,7 +17,13 @@ import pytest
 from pyflannel.control import lease_keeper, lease_list
 from pyflannel.control.etcd import Etcd
 from pyflannel.control.lease import LEASE_TTL_SECONDS, Lease, LeaseSubnet, lease_key
-from pyflannel.control.lease_keeper import CONFLICT, NO_LEASE, SUBNET_CHANGED, LeaseKeeper
+from pyflannel.control.lease_keeper import (
+    CONFLICT,
+    NO_LEASE,
+    PROTEST_SECONDS,
+    SUBNET_CHANGED,
+    LeaseKeeper,
+)
 from pyflannel.control.lease_list import RECENT_SECONDS, RecentSnapshot
 from pyflannel.control.lease_writer import OwnIdentity
 from pyflannel.control.network_config import NetworkConfig, parse_network_config_untrusted
@@ -369,6 +375,44 @@ async def test_our_value_put_again_and_again_is_a_second_writer(
             await until(lambda puts=puts: caplog.text.count(remedy) == puts)  # type: ignore[misc]
         await clone.keeper.acquire()
         await until(lambda: CONFLICT in node.reasons.now)
+
+
+@pytest.mark.parametrize("is_reserved", [False, True])
+async def test_two_hosts_that_write_the_same_both_report_it(
+    etcd: Etcd, prefix: str, monkeypatch: pytest.MonkeyPatch, is_reserved: bool
+) -> None:
+    """Copies without a state of their own: the second took the first one's lease and MAC."""
+
+    def is_contested(node: Node) -> bool:
+        return node.keeper.own.state is LeaseState.CONTESTED
+
+    if is_reserved:
+        await put(etcd, f"{prefix}/subnets/10.5.9.0-24", '{"PublicIP":"192.0.2.1"}')
+    first, second = Node(etcd, prefix), Node(etcd, prefix)
+    lease = await first.keeper.acquire()
+    async with first.running():
+        assert (await second.keeper.acquire()).subnet == lease.subnet
+        async with second.running():
+            for node in (first, second):
+                await until(lambda node=node: is_contested(node))  # type: ignore[misc]
+                assert (
+                    "our public IP 192.0.2.1, and as a copy of this one our VTEP MAC"
+                    in (node.reasons.now[CONFLICT])
+                )
+        # The second starts anew, and is told by the one that goes on.
+        later = time.clock_gettime(time.CLOCK_BOOTTIME) + PROTEST_SECONDS + 60
+        monkeypatch.setattr(lease_keeper, "_now", lambda: later)
+        third = Node(etcd, prefix)
+        await third.keeper.acquire()
+        async with third.running():
+            await until(lambda: is_contested(third))
+    for node in (first, second, third):
+        assert is_contested(node)
+        assert len(node.reasons.ever) == 1
+    kv = (await etcd.get(first.key)).kv
+    assert kv is not None
+    assert kv.version < 30
+    assert (kv.lease == 0) is is_reserved
 
 
 async def test_a_reservation_is_kept_without_an_etcd_lease(etcd: Etcd, prefix: str) -> None:

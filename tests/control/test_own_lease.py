@@ -43,6 +43,7 @@ def value(ip: str = "192.0.2.1", mac: int = 1) -> bytes:
 OURS = value()
 OWN = Lease(SUBNET, parse_lease_attributes_untrusted(OURS), 40, 50, 7)
 RESERVATION = replace(OWN, etcd_lease=0)
+OUR_WRITE = (Sighting.OURS, Sighting.REWOUND)
 BARE = b'{"PublicIP":"192.0.2.1"}'
 
 
@@ -61,11 +62,12 @@ def kv(octets: bytes = OURS, created: int = 40, modified: int = 50, lease: int =
         (OWN, kv(modified=45, lease=3), 0, Sighting.REWOUND),
         (OWN, kv(value(mac=9), modified=45, lease=3), 0, Sighting.REWOUND),
         (OWN, kv(modified=60, lease=0), 0, Sighting.RESERVED),
-        (OWN, kv(modified=60, lease=0), 2, Sighting.FOREIGN),
+        (OWN, kv(modified=60, lease=0), 2, Sighting.TWIN),
         (OWN, kv(BARE, modified=60, lease=0), 0, Sighting.BARE),
         (OWN, kv(BARE, modified=60, lease=5), 0, Sighting.FOREIGN),
         (OWN, kv(modified=60, lease=99), 1, Sighting.COPIED),
-        (OWN, kv(modified=60, lease=99), 2, Sighting.FOREIGN),
+        (OWN, kv(modified=60, lease=99), 2, Sighting.TWIN),
+        (OWN, kv(BARE, modified=60, lease=0), 2, Sighting.FOREIGN),
         (OWN, kv(value(mac=9), modified=60, lease=99), 0, Sighting.FOREIGN),
         (OWN, kv(value("192.0.2.9", 9), modified=60, lease=99), 0, Sighting.FOREIGN),
         (OWN, kv(value("192.0.2.9", 9), 60, 60, 99), 0, Sighting.TAKEN),
@@ -100,11 +102,11 @@ def test_the_drawing_is_the_table() -> None:
 
 
 def test_the_state_says_what_the_key_said() -> None:
-    """The next state depends on the key alone, but for a reservation that stays one."""
+    """The next state depends on the key alone, but reservation and conflict outlast our write."""
     for sighting in Sighting:
         following = {TRANSITIONS[state, sighting][0] for state in WITH_KEY}
-        reserved = TRANSITIONS[LeaseState.RESERVED, sighting][0]
-        assert len(following - {reserved}) <= 1
+        lasting = {LeaseState.RESERVED, LeaseState.CONTESTED} if sighting in OUR_WRITE else set()
+        assert len(following - lasting) == 1
 
 
 @given(margin=st.floats(60, 86340), chance=st.floats(0, 1), age=st.floats(0, 100_000))
