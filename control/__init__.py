@@ -5,5 +5,5 @@ each address family uses of it), `history` (is it still the same store), `own_le
 `etcd_session` (the two state machines), `etcd_fault` (what an error means), `network_config`,
 `subnet_pool`, `vtep_identity`. With I/O: `etcd` over `etcd_connection`, `etcd_tls`, `quiet_grpc`
 and `etcd3_stubs` (the only network access), `lease_keeper` and `lease_writer` (own lease),
-`route_sync` (other leases to the data plane), `lease_list`, `subnet_file`.
+`route_sync` (other leases to the data plane), `lease_list`, `subnet_file`, `together`.
 """

@@ -42,6 +42,7 @@ from pyflannel.control.own_lease import (
     seconds_to_renewal,
 )
 from pyflannel.control.subnet_pool import SubnetsExhausted
+from pyflannel.control.together import until_one_ends
 from pyflannel.dataplane.route import IPAddress, MacAddress
 
 log = logging.getLogger(__name__)
@@ -217,27 +218,24 @@ class LeaseKeeper:
 
     async def run(self, on_change: Callable[[Lease], Awaitable[None]]) -> None:
         """Renew and watch for ever; `on_change` gets a lease of another subnet."""
-        tasks = [
-            asyncio.ensure_future(x) for x in (self._renew_for_ever(), self._advertise_for_ever())
-        ]
-        try:
-            while True:
-                try:
-                    await self._follow(on_change)
-                except Compacted as reason:
-                    log.info("reading our own lease anew: %s", reason)
-                except EtcdUnavailable as error:
-                    if isinstance(error, EtcdRejected) and self._state is LeaseState.LOST:
-                        self._tell_rejected(error)
-                    log.debug("cannot watch our own lease: %s", error)
-                    await asyncio.sleep(RETRY_SECONDS * self._rng.random())
-                except SubnetsExhausted as error:
-                    self._readiness.set(NO_LEASE, f"our subnet was taken, and {error}")
-                    await asyncio.sleep(EXHAUSTED_SECONDS)
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+        await until_one_ends(
+            self._follow_for_ever(on_change), self._renew_for_ever(), self._advertise_for_ever()
+        )
+
+    async def _follow_for_ever(self, on_change: Callable[[Lease], Awaitable[None]]) -> None:
+        while True:
+            try:
+                await self._follow(on_change)
+            except Compacted as reason:
+                log.info("reading our own lease anew: %s", reason)
+            except EtcdUnavailable as error:
+                if isinstance(error, EtcdRejected) and self._state is LeaseState.LOST:
+                    self._tell_rejected(error)
+                log.debug("cannot watch our own lease: %s", error)
+                await asyncio.sleep(RETRY_SECONDS * self._rng.random())
+            except SubnetsExhausted as error:
+                self._readiness.set(NO_LEASE, f"our subnet was taken, and {error}")
+                await asyncio.sleep(EXHAUSTED_SECONDS)
 
     def advertise(self, public_ip: IPAddress) -> None:
         """Have our lease tell another public IP of a family, as soon as etcd takes it."""

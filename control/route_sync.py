@@ -23,6 +23,7 @@ from pyflannel.control.history import History
 from pyflannel.control.lease import KeyValue, config_key, subnets_prefix
 from pyflannel.control.lease_list import SnapshotReader, snapshot_reader
 from pyflannel.control.lease_table import LeaseTable
+from pyflannel.control.together import until_one_ends
 from pyflannel.dataplane.route import RouteChange
 
 log = logging.getLogger(__name__)
@@ -117,17 +118,10 @@ class RouteSync:
 
     async def _follow(self) -> None:
         """Watch until the watch breaks or a probe shows that the store went back."""
-        tasks = [asyncio.ensure_future(x) for x in (self._watch(), self._probe())]
         try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            await until_one_ends(self._watch(), self._probe())
         finally:
             self._is_following = False
-            for task in tasks:
-                task.cancel()
-            outcomes = await asyncio.gather(*tasks, return_exceptions=True)
-        for outcome in outcomes:
-            if isinstance(outcome, Exception):
-                raise outcome
 
     async def _watch(self) -> None:
         watch = self._etcd.watch(self._prefix, prefix=True, after_revision=self._history.revision)

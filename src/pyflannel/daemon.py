@@ -17,7 +17,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -37,6 +37,7 @@ from pyflannel.control.subnet_file import (
     read_previous_subnet,
     write_subnet_file,
 )
+from pyflannel.control.together import until_one_ends
 from pyflannel.control_socket import ControlServer, socket_path
 from pyflannel.dataplane.inheritance import Inheritance
 from pyflannel.dataplane.netlink import Netlink
@@ -162,7 +163,7 @@ class Daemon:
         log.info("Running backend.")
         notify("READY=1")
         dropped = options.anti_spoofing == "enforce"
-        await _supervise(
+        await until_one_ends(
             keeper.run(partial(self._adopt, table, traffic)),
             sync.run(),
             traffic.run(),
@@ -314,19 +315,6 @@ class Daemon:
                     overlay.device,
                 )
         log.info("Wrote subnet file to %s", path)
-
-
-async def _supervise(*work: Awaitable[None]) -> None:
-    """Run until one of the tasks fails; none of them ends by itself."""
-    tasks = [asyncio.ensure_future(x) for x in work]
-    try:
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        for task in done:
-            task.result()
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def run(options: Options, read_options: Callable[[], Options]) -> int:

@@ -502,3 +502,20 @@ async def test_release_gives_the_key_back_and_never_one_that_others_wrote(
     await put(etcd, second.key, OTHER)
     await second.keeper.release()
     assert await entry(etcd, second.key) == (OTHER.encode(), 0)
+
+
+@pytest.mark.parametrize("task", ["_renew", "_advertise"])
+async def test_what_ends_a_task_ends_the_keeper(
+    etcd: Etcd, prefix: str, monkeypatch: pytest.MonkeyPatch, task: str
+) -> None:
+    """Or nobody would renew, and nobody would know."""
+    node = Node(etcd, prefix, margin=LEASE_TTL_SECONDS)
+    await node.keeper.acquire()
+
+    async def fail(*_: object) -> bool:
+        raise AssertionError("a defect of ours")
+
+    monkeypatch.setattr(node.keeper, task, fail)
+    node.keeper.advertise(IPv4Address("192.0.2.99"))
+    with pytest.raises(AssertionError, match="a defect of ours"):
+        await asyncio.wait_for(node.keeper.run(node.on_change), 10)
