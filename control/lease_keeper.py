@@ -204,7 +204,8 @@ class LeaseKeeper:
     def _hold(self, lease: Lease) -> Lease:
         """Take a lease that we wrote just now for our own."""
         self._lease = lease
-        self._state = LeaseState.HELD if lease.etcd_lease else LeaseState.RESERVED
+        if self._state is not LeaseState.RELEASED:
+            self._state = LeaseState.HELD if lease.etcd_lease else LeaseState.RESERVED
         self._ends_at = _now() + LEASE_TTL_SECONDS if lease.etcd_lease else None
         self._chance = self._rng.random()
         self._written = lease.mod_revision

@@ -504,6 +504,25 @@ async def test_release_gives_the_key_back_and_never_one_that_others_wrote(
     assert await entry(etcd, second.key) == (OTHER.encode(), 0)
 
 
+async def test_a_write_under_way_does_not_take_back_what_a_successor_has(
+    etcd: Etcd, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = Node(etcd, prefix, margin=LEASE_TTL_SECONDS)
+    await node.keeper.acquire()
+    put_if = etcd.put_if
+
+    async def put_while_letting_go(*words: Any) -> Any:
+        node.keeper.let_go()
+        return await put_if(*words)
+
+    monkeypatch.setattr(etcd, "put_if", put_while_letting_go)
+    async with node.running():
+        await until(lambda: node.keeper.own.renewals)
+    assert node.keeper.own.state is LeaseState.RELEASED
+    await node.keeper.release()
+    assert await entry(etcd, node.key) is not None
+
+
 @pytest.mark.parametrize("task", ["_renew", "_advertise"])
 async def test_what_ends_a_task_ends_the_keeper(
     etcd: Etcd, prefix: str, monkeypatch: pytest.MonkeyPatch, task: str
