@@ -71,22 +71,15 @@ class FamilyRoutes:
     def forget(self, key: bytes) -> None:
         """Drop what is remembered of a key that is gone."""
         self._previous_mac.pop(key, None)
+        self._judged.pop(key, None)
 
-    def accept(self, key: bytes, lease: Lease, *, known: bool) -> bool:
-        """Take the subnet of a lease that came or changed while nothing is quarantined.
-
-        False when other leases are concerned, and only `settle` can say which of them counts.
-        """
+    def can_use(self, lease: Lease) -> bool:
+        """Whether this family uses a lease, or could as far as other leases let it."""
         part = lease.part(self.version)
-        if part is None:
-            return True
-        if self._why_unusable(part):
-            return False
-        # Without conflicts the other routes stand; a new lease is the youngest, so it loses alone.
-        return known or self._claims.claim(part.subnet, key) is None
+        return part is None or self._why_unusable(part) is None
 
     def update(self, key: bytes, lease: Lease) -> tuple[RouteChange, ...]:
-        """Route to a lease that every family has accepted."""
+        """Route to a lease that has changed, and that holds its subnet."""
         part = lease.part(self.version)
         if part is None:
             return ()

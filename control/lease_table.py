@@ -44,6 +44,8 @@ class LeaseTable:
         self._rivals: Set[bytes] = set()
         """Those of them that would hold a subnet if another did not."""
         self._unconfirmed: dict[bytes, float] = {}
+        self._newest = 0
+        """The highest create_revision that came in this history of the store."""
 
     def set_own_subnet(self, subnet: LeaseSubnet | None) -> tuple[RouteChange, ...]:
         """Say which lease is ours; it and what overlaps it gets no route."""
@@ -83,18 +85,22 @@ class LeaseTable:
 
     def _put(self, kv: KeyValue, is_settled: bool) -> tuple[RouteChange, ...] | None:
         """Store one entry and return what follows; None if only `_settle` can tell."""
-        known = kv.key in self._leases
+        known, newest = kv.key in self._leases, self._newest
         self._unconfirmed.pop(kv.key, None)
         if not self._store(kv):
             return ()
         if not is_settled:
             return None
         lease = self._leases[kv.key]
-        if self._is_own(lease) and not known:
-            return ()
+        if not known:
+            if lease.create_revision <= newest or self._unconfirmed:
+                return None
+            changes, foreign = self._append([(kv.key, lease)])
+            self._quarantine({**self._foreign(), **foreign})
+            return changes
         if self._is_own(lease) or _is_foreign(lease) or self._is_disputed(kv.key, lease):
             return None
-        if not all(x.accept(kv.key, lease, known=known) for x in self._families):
+        if not all(x.can_use(lease) for x in self._families):
             return None
         return tuple(change for x in self._families for change in x.update(kv.key, lease))
 
@@ -121,10 +127,17 @@ class LeaseTable:
         for start in range(0, len(oldest_first), PART_LEASES):
             part = oldest_first[start : start + PART_LEASES]
             leases = [(kv.key, self._leases[kv.key]) for kv in part if self._store(kv)]
-            peers, others = self._peers(leases)
+            changes, others = self._append(leases)
             foreign |= others
-            yield tuple(change for x in self._families for change in x.load(peers))
+            yield changes
         self._quarantine(foreign)
+
+    def _append(
+        self, leases: Iterable[tuple[bytes, Lease]]
+    ) -> tuple[tuple[RouteChange, ...], dict[bytes, str]]:
+        """Take in leases that are younger than all others, so that they change nothing of those."""
+        peers, foreign = self._peers(leases)
+        return tuple(change for x in self._families for change in x.load(peers)), foreign
 
     def reset(
         self, kvs: Iterable[KeyValue], *, same_history: bool = True, now: float = 0.0
@@ -135,6 +148,8 @@ class LeaseTable:
         (`same_history` false: wiped or rolled back): then they stay, unconfirmed, until they are
         put again, a lease overlaps them, or `UNCONFIRMED_SECONDS` have passed (decision 17).
         """
+        if not same_history:
+            self._newest = 0
         present = set()
         for kv in kvs:
             present.add(kv.key)
@@ -221,6 +236,7 @@ class LeaseTable:
         self._bad.pop(kv.key, None)
         old = self._leases.get(kv.key)
         self._leases[kv.key] = lease
+        self._newest = max(self._newest, lease.create_revision)
         if old is None:
             return True
         for family in self._families:
@@ -282,6 +298,10 @@ class LeaseTable:
             else:
                 peers.append((key, lease))
         return peers, foreign
+
+    def _foreign(self) -> dict[bytes, str]:
+        """Return why leases are not used that no family was asked about."""
+        return {x: why for x, why in self._quarantined.items() if x not in self._rivals}
 
     def _is_disputed(self, key: bytes, lease: Lease) -> bool:
         """Whether a change of this lease may concern one that is not used, or is that of one."""

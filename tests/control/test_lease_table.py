@@ -347,6 +347,8 @@ def test_leases_that_are_not_used_cost_the_others_nothing(
 
     monkeypatch.setattr(FamilyRoutes, "settle", settle)
     assert table.put(kv("10.5.6.0-24", value("192.0.2.6", 6), 7))
+    assert table.put(kv("10.5.6.0-25", value("192.0.2.9", 9), 9)) == ()
+    assert "older lease" in table.quarantined()[f"{SUBNETS.decode()}10.5.6.0-25"]
     assert table.put(kv("10.5.2.0-24", value("192.0.2.7"), 8, 1))
     assert table.delete(SUBNETS + b"10.5.2.0-24") == (Delete(IPv4Network("10.5.2.0/24")),)
     with pytest.raises(AssertionError, match="anew"):
