@@ -255,7 +255,10 @@ class Daemon:
 
     async def _adopt(self, table: LeaseTable, traffic: Traffic, own: Lease) -> None:
         await self._overlays.apply(table.set_own_subnet(own.subnet))
-        await self._overlays.adopt(own.subnet)
+        try:
+            await self._overlays.adopt(own.subnet)
+        except Refusal as error:
+            log.warning("%s; it is tried again as soon as the host has changed", error)
         traffic.adopt(self._overlays.pairs)
         self._subnet_file_due.set()
 

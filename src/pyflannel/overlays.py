@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Sequence
 
@@ -27,9 +28,14 @@ class Overlays:
         return tuple((overlay.network, overlay.subnet) for overlay in self.each)
 
     async def adopt(self, subnet: LeaseSubnet) -> None:
-        """Configure each device for our subnet."""
-        for overlay, part in zip(self.each, subnet.parts):
-            await overlay.adopt(part)
+        """Configure each device for our subnet; Refusal of the first, after all were tried."""
+        outcomes = await asyncio.gather(
+            *(overlay.adopt(part) for overlay, part in zip(self.each, subnet.parts)),
+            return_exceptions=True,
+        )
+        for outcome in outcomes:
+            if outcome is not None:
+                raise outcome
 
     async def apply(self, changes: Sequence[RouteChange]) -> None:
         """Program route changes of any family."""

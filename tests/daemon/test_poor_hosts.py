@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -137,6 +139,28 @@ def test_another_subnet_is_used_before_a_full_disk_takes_it(made: Lab, host: Hos
     new = ip_interface(variables_untrusted((disk / "subnet.env").read_text())["FLANNEL_SUBNET"])
     assert f"{new.network.network_address}-24" in made.leases().keys() - {subnet}
     assert host.log.read_text().count("not ready (subnet-file)") == 1
+
+
+def test_another_subnet_waits_for_the_device_to_be_back(made: Lab, host: Host) -> None:
+    """Without /dev/net/tun the device that somebody deleted cannot be made anew."""
+    tun = Path("/dev/net/tun")
+    own = _after(f"mount -t tmpfs none {tun.parent}\nmknod {tun} c 10 200")
+    daemon = host.processes[made.start_daemon(host, wrapper=own)]
+    (subnet,) = made.leases()
+    Path(f"/proc/{daemon.pid}/root{tun}").unlink()
+    host.ip("link", "del", "flannel.1")
+    wait_until(lambda: "not ready (host-network)" in host.log.read_text(), "it is missed")
+    freeze(daemon)
+    made.etcdctl("del", f"{PREFIX}/subnets/{subnet}")
+    made.etcdctl("put", f"{PREFIX}/subnets/{subnet}", '{"PublicIP":"192.168.77.99"}')
+    daemon.send_signal(signal.SIGCONT)
+    wait_until(lambda: "not ready (subnet-changed)" in host.log.read_text(), "another subnet")
+    made.start_daemon(made.hosts[1])
+    os.mknod(f"/proc/{daemon.pid}/root{tun}", stat.S_IFCHR | 0o600, os.makedev(10, 200))
+    wait_until(lambda: "cleared: host-network" in host.log.read_text(), "the device is back")
+    wait_until(lambda: ping(host, _base(made.hosts[1])), "a ping from the new address")
+    assert f"inet {_base(host)}/32" in host.ip("addr", "show", "flannel.1")
+    assert f"{_base(host)}-24" != subnet
 
 
 def test_a_full_disk_without_what_is_needed(made: Lab, host: Host) -> None:
