@@ -26,6 +26,7 @@ C_FILES = (
     "room",
     "send",
     "shift",
+    "verdict",
     "worker",
 )
 

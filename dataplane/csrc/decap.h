@@ -4,7 +4,7 @@
 
 #include <sys/socket.h>
 
-#include "context.h"
+#include "verdict.h"
 #include "gro.h"
 
 #define SUSPECTS 64

@@ -3,7 +3,6 @@
 #define PYFLANNEL_ENCAP_H
 
 #include "backlog.h"
-#include "context.h"
 #include "gso.h"
 #include "send.h"
 

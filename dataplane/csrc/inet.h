@@ -153,6 +153,14 @@ static inline struct inet_address inet_from_ipv4(const uint8_t octets[4])
 	return address;
 }
 
+static inline struct inet_address inet_from_octets(const uint8_t octets[16])
+{
+	struct inet_address address;
+
+	memcpy(&address, octets, sizeof(address));
+	return address;
+}
+
 static inline bool inet_is_ipv4(const struct inet_address *address)
 {
 	static const uint8_t mapped[12] = { [10] = 0xff, [11] = 0xff };

@@ -4,7 +4,7 @@
 
 #include <sys/socket.h>
 
-#include "context.h"
+#include "verdict.h"
 #include "room.h"
 
 #define SEND_SOCKETS_MAX 64

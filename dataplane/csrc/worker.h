@@ -36,4 +36,8 @@ static inline bool worker_is_adaptive(const struct fp_worker *worker)
 	return worker->threads == LANES;
 }
 
+void worker_add_counters(const struct fp_worker *worker, struct fp_counters *into);
+size_t worker_take_suspects(struct fp_worker *worker, struct fp_suspect *into, size_t capacity);
+struct fp_worker *worker_next(const struct fp_worker *worker);
+
 #endif

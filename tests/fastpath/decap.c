@@ -12,7 +12,7 @@
  */
 #include "invariants.h"
 
-#include "context.h"
+#include "verdict.h"
 #include "ecn.h"
 
 #define PEERS 4
