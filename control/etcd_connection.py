@@ -16,7 +16,13 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
 from pyflannel.control.etcd3_stubs import call, message
-from pyflannel.control.etcd_fault import EtcdRejected, EtcdUnavailable, Fault, diagnose
+from pyflannel.control.etcd_fault import (
+    EtcdHeld,
+    EtcdRejected,
+    EtcdUnavailable,
+    Fault,
+    diagnose,
+)
 from pyflannel.control.etcd_session import Session
 from pyflannel.control.etcd_tls import BadCertificates, EtcdTls
 from pyflannel.control.quiet_grpc import grpc
@@ -221,9 +227,9 @@ class Connections:
     async def ask(self, service: str, method: str, request: Any, *, is_write: bool = False) -> Any:
         """Ask one endpoint after the other until one answers.
 
-        EtcdRejected when etcd says no to this request, EtcdUnavailable when nobody answered. A
-        write that hangs on a connection that stands is rejected too: whether etcd answers is for
-        the reads to tell, which go on beside it.
+        EtcdRejected when etcd says no to this request, EtcdUnavailable when nobody answered,
+        EtcdHeld when a write hangs on a connection that stands: whether etcd answers is for the
+        reads to tell, which go on beside it.
         """
         clause, token_is_fresh, is_held = "", False, False
         refusing: set[str] = set()
@@ -256,12 +262,12 @@ class Connections:
                 self._session.answered(answer.header.cluster_id, answer.header.revision)
                 return answer
             if fault is Fault.REQUEST:
-                raise self._reject(clause)
+                raise self._reject(EtcdRejected(clause))
             if fault is Fault.TOKEN and self._username and not token_is_fresh:
                 connection.token, token_is_fresh = None, True
                 continue
             if is_held and waits:
-                raise self._reject(WRITES_HELD)
+                raise self._reject(EtcdHeld(WRITES_HELD))
             self.leave(connection, clause)
             if fault is not Fault.ENDPOINT:
                 refusing.add(connection.endpoint)
@@ -269,13 +275,13 @@ class Connections:
                     break
         if is_held:
             self._writes_held_until = time.monotonic() + WRITES_HELD_SECONDS
-            raise self._reject(WRITES_HELD)
+            raise self._reject(EtcdHeld(WRITES_HELD))
         (self._session.refused if refusing else self._session.failed)(clause)
         raise EtcdUnavailable(clause)
 
-    def _reject(self, why: str) -> EtcdRejected:
-        self._session.rejected(why)
-        return EtcdRejected(why)
+    def _reject(self, error: EtcdRejected) -> EtcdRejected:
+        self._session.rejected(str(error))
+        return error
 
     @contextlib.asynccontextmanager
     async def stream(self, service: str, method: str) -> AsyncIterator[Stream]:

@@ -14,7 +14,11 @@ class EtcdUnavailable(Exception):
 
 
 class EtcdRejected(EtcdUnavailable):
-    """etcd can be asked, but does not do this: its answer is no, or it leaves a write hanging."""
+    """etcd can be asked, but does not do this: its answer is no."""
+
+
+class EtcdHeld(EtcdRejected):
+    """etcd can be asked, but leaves a write hanging: it may still do it."""
 
 
 class Fault(Enum):

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 
 from pyflannel.control.etcd import Etcd, Snapshot
-from pyflannel.control.etcd_fault import EtcdRejected, EtcdUnavailable
+from pyflannel.control.etcd_fault import EtcdHeld, EtcdRejected, EtcdUnavailable
 from pyflannel.control.lease import (
     BACKEND_TYPE,
     LEASE_TTL_SECONDS,
@@ -202,10 +202,15 @@ class LeaseWriter:
         granted = 0 if reservation else await self._etcd.grant(LEASE_TTL_SECONDS)
         if granted:
             self.granted.append(granted)
-        # If this fails the grant is left to end by itself: the put may have been done all the same.
-        commit = await self._etcd.put_if(
-            lease_key(self._prefix, subnet), self.value, granted, expected
-        )
+        key = lease_key(self._prefix, subnet)
+        try:
+            commit = await self._etcd.put_if(key, self.value, granted, expected)
+        except EtcdHeld:
+            # As after no answer at all the put may be done yet, so the grant ends by itself.
+            raise
+        except EtcdRejected:
+            await self._revoke(granted)
+            raise
         written = commit.revision
         if not commit.succeeded:
             current = commit.current

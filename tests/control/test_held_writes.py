@@ -13,11 +13,12 @@ import pytest_asyncio
 
 from pyflannel.control import etcd_connection, lease_writer
 from pyflannel.control.etcd import Etcd
-from pyflannel.control.etcd_fault import EtcdRejected
+from pyflannel.control.etcd_fault import EtcdHeld
 from pyflannel.control.lease_keeper import NO_LEASE, STALE_LEASE
 from pyflannel.control.own_lease import LeaseState
 from pyflannel.control.quiet_grpc import grpc
-from tests.control.test_lease_keeper import Node, until
+from tests.control.test_lease_keeper import Node
+from tests.control.until import until
 from tests.lab.etcd import EtcdCluster
 
 WRITES = ("Txn", "LeaseGrant", "LeaseRevoke")
@@ -95,14 +96,14 @@ async def test_a_write_that_is_held_leaves_what_is_read_alone(
     await client.get("x")
     caplog.clear()
     proxy.passes.clear()
-    with pytest.raises(EtcdRejected, match=etcd_connection.WRITES_HELD):
+    with pytest.raises(EtcdHeld, match=etcd_connection.WRITES_HELD):
         await client.grant(60)
     assert proxy.held == 2  # each endpoint is tried, and the first once more
     watch = client.watch("x", prefix=False, after_revision=0)
     await watch.__anext__()
     following = asyncio.ensure_future(watch.__anext__())
     for _ in range(2):
-        with pytest.raises(EtcdRejected, match=etcd_connection.WRITES_HELD):
+        with pytest.raises(EtcdHeld, match=etcd_connection.WRITES_HELD):
             await client.grant(60)
         await client.get("x")
     assert proxy.held == 4

@@ -9,6 +9,7 @@ import random
 import time
 from collections.abc import AsyncIterator
 from ipaddress import IPv4Address, IPv4Network
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -31,7 +32,7 @@ from pyflannel.control.own_lease import LeaseState
 from pyflannel.control.subnet_pool import SubnetsExhausted
 from pyflannel.dataplane.route import MacAddress
 from tests.control.until import until
-from tests.lab.etcd import EtcdCluster
+from tests.lab.etcd import EtcdCluster, etcd_on_loopback
 
 OTHER = (
     '{"PublicIP":"192.0.2.200","PublicIPv6":null,"BackendType":"vxlan",'
@@ -538,3 +539,27 @@ async def test_what_ends_a_task_ends_the_keeper(
     node.keeper.advertise(IPv4Address("192.0.2.99"))
     with pytest.raises(AssertionError, match="a defect of ours"):
         await asyncio.wait_for(node.keeper.run(node.on_change), 10)
+
+
+async def test_a_put_that_is_not_permitted_leaves_no_etcd_lease_behind(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pyflannel.control.lease_writer.RETRY_SECONDS", 0.01)
+    with etcd_on_loopback(folder, flags=["--bcrypt-cost", "4"]) as cluster:
+        cluster.run("role", "add", "reader")
+        cluster.run("role", "grant-permission", "--prefix=true", "reader", "read", "/")
+        for user, role in (("root", "root"), ("reader", "reader")):
+            cluster.run("user", "add", f"{user}:secret")
+            cluster.run("user", "grant-role", user, role)
+        cluster.run("auth", "enable")
+        cluster.ctl = ("--user", "root:secret")
+        etcd = Etcd(cluster.endpoints, username="reader", password="secret")
+        node = Node(etcd, "/n")
+        starting = asyncio.ensure_future(node.keeper.acquire())
+        await until(lambda: len(node.reasons.ever) > 3)
+        assert "permission denied" in node.reasons.now[NO_LEASE]
+        starting.cancel()
+        await asyncio.gather(starting, return_exceptions=True)
+        await etcd.close()
+        found = cluster.run("lease", "list").splitlines()
+        assert len(found) <= 2, found  # a headline, and the one under way
