@@ -50,6 +50,8 @@ log = logging.getLogger(__name__)
 RETRY_SECONDS = 1.0
 EXHAUSTED_SECONDS = 5.0
 RENEW_CHECK_SECONDS = 60.0
+RELEASE_SECONDS = 5.0
+"""Supervisors kill what does not end; where etcd refuses us a request alone may wait for 30 s."""
 LATE = 0.5
 """Share of the margin before the lease's end within which it is too late for a first renewal."""
 
@@ -194,9 +196,10 @@ class LeaseKeeper:
             return
         try:
             # Only what is attached to the etcd lease goes with it: never a key others wrote.
-            await self._etcd.revoke(lease.etcd_lease)
-        except EtcdUnavailable as error:
-            log.warning("lease %s is not given back, it ends by itself: %s", lease.subnet, error)
+            await asyncio.wait_for(self._etcd.revoke(lease.etcd_lease), RELEASE_SECONDS)
+        except (EtcdUnavailable, asyncio.TimeoutError) as error:
+            why = str(error) or "etcd does not answer in time"
+            log.warning("lease %s is not given back, it ends by itself: %s", lease.subnet, why)
             return
         self._state = LeaseState.RELEASED
         log.info("Lease %s given back", lease.subnet)

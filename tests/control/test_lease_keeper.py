@@ -17,6 +17,7 @@ import pytest
 
 from pyflannel.control import lease_keeper, lease_list
 from pyflannel.control.etcd import Etcd
+from pyflannel.control.etcd_session import REFUSED_SECONDS
 from pyflannel.control.lease import LEASE_TTL_SECONDS, Lease, LeaseSubnet, lease_key
 from pyflannel.control.lease_keeper import (
     CONFLICT,
@@ -563,3 +564,19 @@ async def test_a_put_that_is_not_permitted_leaves_no_etcd_lease_behind(
         await etcd.close()
         found = cluster.run("lease", "list").splitlines()
         assert len(found) <= 2, found  # a headline, and the one under way
+
+
+async def test_a_release_does_not_wait_for_an_etcd_that_refuses_us(
+    cluster: EtcdCluster, etcd: Etcd, prefix: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    member = Etcd(cluster.endpoints)
+    node = Node(member, prefix)
+    await node.keeper.acquire()
+    await member.close()
+    member._session.refused("wrong password")
+    started = time.monotonic()
+    await node.keeper.release()
+    assert time.monotonic() - started < REFUSED_SECONDS / 2
+    assert "is not given back, it ends by itself: etcd does not answer in time" in caplog.text
+    assert await entry(etcd, node.key) is not None
+    await member.close()
