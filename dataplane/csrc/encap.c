@@ -438,8 +438,10 @@ int encap_open(struct encap_side *side, struct fp_ctx *ctx, const struct fp_io *
 /** encap_close() - Free what encap_open() made, also when it failed */
 void encap_close(struct encap_side *side)
 {
-	if (side->registered)
+	if (side->registered) {
 		fib_reader_remove(side->ctx->fib, &side->reader);
+		sender_close(&side->sender);
+	}
 	backlog_close(&side->backlog);
 }
 

@@ -8,6 +8,11 @@
  * itself. The rule is that of the kernel's byte queue limits: where all was out before a full
  * socket was looked at again, the device had nothing to do meanwhile, and twice the room is needed;
  * where much was left for a while, half of it will do.
+ *
+ * Not all that is left stands in a device that will send it. While the kernel asks for the MAC of a
+ * host that is down, up to net.ipv4.neigh.default.unres_qlen_bytes of packets to it wait for three
+ * seconds; a tunnel or a hung device has such queues, too. So a full socket of which nothing leaves
+ * for a while gets much more room: what is stuck in it must not keep all else from being read.
  */
 #define _GNU_SOURCE
 #include "room.h"
@@ -20,6 +25,8 @@
 #define ROOM_MIN (32 * 1024)
 #define ROOM_MAX (8 * 1024 * 1024)
 #define AMPLE_TIMES 64
+/* From the least room to twice what may wait for one host that is down. */
+#define STUCK_FACTOR 8
 
 static void set(int fd, int bytes)
 {
@@ -49,19 +56,24 @@ size_t room_left(int fd)
  * @room:    Its room
  * @fd:      Socket
  * @is_idle: Whether nothing of any socket is left
+ * @is_late: Whether it was full ROOM_LATE_NS ago
  */
-void room_adapt(struct room *room, int fd, bool is_idle)
+void room_adapt(struct room *room, int fd, bool is_idle, bool is_late)
 {
-	int all;
-	socklen_t size = sizeof(all);
+	size_t left = room_left(fd);
+	bool is_stuck = is_late && left && left == room->late_left;
+	socklen_t size = sizeof(int);
+	int all, more;
 
+	room->late_left = is_late ? left : 0;
 	if (getsockopt(fd, SOL_SOCKET, SO_SNDBUF, &all, &size))
 		return;
-	if (is_idle) {
+	if (is_idle || is_stuck) {
+		more = all / 2 * (is_idle ? 2 : STUCK_FACTOR);
 		room->ample = 0;
 		if (all / 2 < ROOM_MAX)
-			set(fd, all);
-	} else if (room_left(fd) > (size_t)all / 4 && ++room->ample == AMPLE_TIMES) {
+			set(fd, more < ROOM_MAX ? more : ROOM_MAX);
+	} else if (left > (size_t)all / 4 && ++room->ample == AMPLE_TIMES) {
 		room->ample = 0;
 		if (all / 4 >= ROOM_MIN)
 			set(fd, all / 4);

@@ -7,7 +7,8 @@
  *
  * A flow always has the same socket, and a socket's messages are sent in the order in which their
  * first packets were added, each flow's packets in order. When a socket's send buffer is full, what
- * it holds stays here until epoll says that there is room, and is lost where epoll cannot be asked.
+ * it holds stays here until epoll says that there is room or a timer that there should be, and is
+ * lost where epoll cannot be asked.
  */
 #define _GNU_SOURCE
 #include "send.h"
@@ -17,6 +18,8 @@
 #include <netinet/udp.h>
 #include <poll.h>
 #include <sys/epoll.h>
+#include <sys/timerfd.h>
+#include <unistd.h>
 
 #define MESSAGES 128
 /* Messages to a peer that refused a segmented one, before the next is tried. */
@@ -63,18 +66,26 @@ static socklen_t underlay_sockaddr(const struct fib_entry *peer, struct sockaddr
 	}
 }
 
+/* Have the epoll set wake up in @ns, 0 for never. */
+static void set_timer(const struct sender *sender, long ns)
+{
+	timerfd_settime(sender->timer_fd, 0, &(struct itimerspec) { .it_value.tv_nsec = ns }, NULL);
+}
+
 /* A socket is full. Return: whether it can be waited for: there are fs.epoll.max_user_watches */
 static bool block(struct sender *sender, struct send_socket *socket)
 {
 	struct epoll_event event = { .events = EPOLLOUT, .data.u64 = sender->key };
 
-	if (socket->blocked)
-		return true;
-	if (epoll_ctl(sender->epoll_fd, EPOLL_CTL_ADD, socket->fd, &event))
-		return false;
-	count_up(&sender->counters->sends_blocked, 1);
-	sender->blocked++;
-	socket->blocked = true;
+	if (!socket->blocked) {
+		if (epoll_ctl(sender->epoll_fd, EPOLL_CTL_ADD, socket->fd, &event))
+			return false;
+		count_up(&sender->counters->sends_blocked, 1);
+		sender->blocked++;
+		socket->blocked = true;
+	}
+	socket->full_at = now_ns();
+	set_timer(sender, ROOM_LATE_NS);
 	return true;
 }
 
@@ -83,8 +94,9 @@ static void unblock(struct sender *sender, struct send_socket *socket)
 	if (!socket->blocked)
 		return;
 	epoll_ctl(sender->epoll_fd, EPOLL_CTL_DEL, socket->fd, NULL);
-	sender->blocked--;
 	socket->blocked = false;
+	if (!--sender->blocked)
+		set_timer(sender, 0);
 }
 
 /* What sendmsg() needs besides the message: control data. */
@@ -296,16 +308,18 @@ static void flush_socket(struct sender *sender, struct send_socket *socket)
 static void adapt_rooms(struct sender *sender)
 {
 	bool is_idle = true;
+	uint64_t now = now_ns();
 
 	for (unsigned int i = 0; is_idle && i < sender->sockets; i++)
 		is_idle = !room_left(sender->socket[i].fd);
 	if (!is_idle)
-		sender->slow_at = now_ns();
+		sender->slow_at = now;
 	for (unsigned int i = 0; i < sender->sockets; i++) {
 		struct send_socket *socket = &sender->socket[i];
 
 		if (socket->blocked)
-			room_adapt(&socket->room, socket->fd, is_idle);
+			room_adapt(&socket->room, socket->fd, is_idle,
+				   now - socket->full_at >= ROOM_LATE_NS);
 	}
 }
 
@@ -492,11 +506,13 @@ void sender_forget_peers(struct sender *sender)
  * @key:       Their key there
  * @counters:  To count into
  *
- * Return: 0, or EINVAL for a wrong number of sockets
+ * Return: 0, or an errno, EINVAL for a wrong number of sockets
  */
 int sender_open(struct sender *sender, const struct fp_io *io, int epoll_fd, uint64_t key,
 		struct fp_counters *counters)
 {
+	struct epoll_event event = { .events = EPOLLIN, .data.u64 = key };
+
 	if (io->send_count < 1 || io->send_count > SEND_SOCKETS_MAX)
 		return EINVAL;
 	sender->counters = counters;
@@ -509,5 +525,20 @@ int sender_open(struct sender *sender, const struct fp_io *io, int epoll_fd, uin
 			(struct send_socket) { .fd = io->send[i], .first = -1, .last = -1 };
 		room_open(&sender->socket[i].room, io->send[i]);
 	}
+	sender->timer_fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK);
+	if (sender->timer_fd < 0)
+		return errno;
+	if (epoll_ctl(epoll_fd, EPOLL_CTL_ADD, sender->timer_fd, &event)) {
+		int err = errno;
+
+		close(sender->timer_fd);
+		return err;
+	}
 	return 0;
+}
+
+/** sender_close() - Free what sender_open() made */
+void sender_close(struct sender *sender)
+{
+	close(sender->timer_fd);
 }

@@ -46,6 +46,7 @@ struct send_socket {
 	int fd;
 	int first, last; /* its sends of this batch, in order; -1 for none */
 	bool blocked;
+	uint64_t full_at; /* when it was last full, ns */
 	struct room room;
 };
 
@@ -53,7 +54,8 @@ struct send_socket {
 struct sender {
 	struct fp_counters *counters;
 	int epoll_fd;
-	uint64_t key; /* of full sockets in @epoll_fd */
+	uint64_t key; /* of full sockets in @epoll_fd, and of @timer_fd */
+	int timer_fd; /* readable once a socket is full for long */
 	unsigned int sockets;
 	struct send_socket socket[SEND_SOCKETS_MAX];
 	unsigned int blocked; /* sockets that wait for room */
@@ -72,6 +74,7 @@ static inline bool sender_has_room(const struct sender *sender)
 
 int sender_open(struct sender *sender, const struct fp_io *io, int epoll_fd, uint64_t key,
 		struct fp_counters *counters);
+void sender_close(struct sender *sender);
 void sender_add(struct sender *sender, const struct encap *encap, uint8_t *start, size_t datagrams,
 		size_t length, size_t size);
 bool sender_flush(struct sender *sender);

@@ -415,6 +415,32 @@ static void check_full_wire(int offload, int threads)
 	close(wire.fd);
 }
 
+/* What fills a wire goes nowhere, as to a host that is down: after a while there is more room. */
+static void check_stuck_wire(int threads)
+{
+	struct wire wire;
+
+	open_wire(&wire, 0);
+	put_on(&wire, HELD);
+	if (threads)
+		HOLDS(fp_worker_start(wire.node.worker, threads) == 0);
+	while (counters_of(&wire).sends_blocked == 0)
+		turn_or_wait(&wire, threads);
+	HOLDS(counters_of(&wire).traffic.encap_packets < HELD);
+	while (counters_of(&wire).traffic.encap_packets < HELD) {
+		if (!threads) {
+			struct pollfd ready = { fp_worker_fd(wire.node.worker), POLLIN, 0 };
+
+			HOLDS(poll(&ready, 1, -1) == 1);
+		}
+		turn_or_wait(&wire, threads);
+	}
+	wire.expected = HELD;
+	take_frames(&wire);
+	close_node(&wire.node);
+	close(wire.fd);
+}
+
 void check_worker(void)
 {
 	struct output got[FLOWS], expected[FLOWS];
@@ -432,6 +458,7 @@ void check_worker(void)
 	for (int threads = 0; threads <= 3; threads++) {
 		check_full_wire(0, threads);
 		check_full_wire(GSO, threads);
+		check_stuck_wire(threads);
 	}
 	for (int i = 0; i < FLOWS; i++) {
 		free(got[i].bytes);
