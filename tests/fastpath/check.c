@@ -97,6 +97,7 @@ int main(int argc, char **argv)
 			invariants[i].holds(input.bytes, input.size);
 		}
 	}
+	check_suspects();
 	check_handover();
 	check_worker();
 	puts("all holds");
