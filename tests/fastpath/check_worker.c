@@ -11,6 +11,7 @@
 #include "check.h"
 
 #include <arpa/inet.h>
+#include <errno.h>
 #include <fcntl.h>
 #include <netinet/udp.h>
 #include <poll.h>
@@ -268,6 +269,51 @@ static void check_longest(struct output got[FLOWS])
 	close_node(&to);
 }
 
+#define MESSAGES 30
+#define SEGMENTS 50
+
+/* More comes at once than is held before it is written: it is written in parts, in order. */
+static void check_many(int offload, struct output got[FLOWS], struct output expected[FLOWS])
+{
+	static uint8_t packet[PACKET_MAX];
+	const struct vnet_header vnet = { .flags = VNET_NEEDS_CHECKSUM,
+					  .gso_type = VNET_GSO_UDP,
+					  .gso_size = 20,
+					  .header_length = 28,
+					  .checksum_start = 20,
+					  .checksum_offset = 6 };
+	struct fp_counters counters;
+	struct node from, to;
+
+	open_node(&from, 2, offload);
+	open_node(&to, 1, offload);
+	route_to(&from, 1, &to);
+	route_to(&to, 2, &from);
+	got[1].size = expected[1].size = 0;
+	for (uint8_t i = 0; i < MESSAGES; i++) {
+		struct spec spec = { .udp = true,
+				     .source_node = 2,
+				     .destination_node = 1,
+				     .source_port = 1,
+				     .payload = SEGMENTS * 20,
+				     .fill = i,
+				     .partial = true };
+		size_t length = build(&spec, packet);
+
+		append_segments(expected, &vnet, packet, length);
+		put(&from, &vnet, packet, length);
+	}
+	move(&from, &to, got);
+	HOLDS(expected[1].size == MESSAGES * SEGMENTS * (sizeof(uint32_t) + 20 + 8 + 20));
+	HOLDS(got[1].size == expected[1].size &&
+	      memcmp(got[1].bytes, expected[1].bytes, got[1].size) == 0);
+	fp_counters_read(to.ctx, &counters);
+	HOLDS(counters.traffic.decap_packets == MESSAGES * SEGMENTS);
+	HOLDS(counters.receives < MESSAGES);
+	close_node(&from);
+	close_node(&to);
+}
+
 #define HELD 40
 #define MORE 20
 
@@ -441,6 +487,28 @@ static void check_stuck_wire(int threads)
 	close(wire.fd);
 }
 
+/* The device is gone: as of a TUN, poll() tells of an error. */
+static void check_gone(int threads)
+{
+	struct node node;
+	struct pollfd ready = { .events = POLLIN };
+
+	open_node(&node, 2, 0);
+	if (threads)
+		HOLDS(fp_worker_start(node.worker, threads) == 0);
+	/* What is closed with something unread resets the other end. */
+	HOLDS(write(node.tun[1], "", 1) == 1);
+	close(node.tun[0]);
+	node.tun[0] = -1;
+	ready.fd = fp_worker_fd(node.worker);
+	HOLDS(poll(&ready, 1, -1) == 1);
+	if (threads)
+		HOLDS(fp_worker_error(node.worker) == EBADFD);
+	else
+		HOLDS(fp_worker_turn(node.worker) == -EBADFD);
+	close_node(&node);
+}
+
 void check_worker(void)
 {
 	struct output got[FLOWS], expected[FLOWS];
@@ -453,12 +521,15 @@ void check_worker(void)
 	for (int offload = 0; offload <= EVERY; offload++)
 		run(offload, got, expected);
 	check_longest(got);
+	check_many(GSO | GRO, got, expected);
+	check_many(EVERY, got, expected);
 	check_drain(true);
 	check_drain(false);
 	for (int threads = 0; threads <= 3; threads++) {
 		check_full_wire(0, threads);
 		check_full_wire(GSO, threads);
 		check_stuck_wire(threads);
+		check_gone(threads);
 	}
 	for (int i = 0; i < FLOWS; i++) {
 		free(got[i].bytes);
