@@ -100,6 +100,7 @@ int main(int argc, char **argv)
 	check_suspects();
 	check_handover();
 	check_worker();
+	check_wire();
 	puts("all holds");
 	return 0;
 }

@@ -47,6 +47,7 @@ void check_fib(void);
 void check_handover(void);
 void check_room(void);
 void check_suspects(void);
+void check_wire(void);
 void check_worker(void);
 
 #endif
