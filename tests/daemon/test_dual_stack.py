@@ -43,6 +43,7 @@ from tests.lab.hosts import (
     wait_until,
 )
 from tests.lab.inside import inside
+from tests.lab.iperf import iperf3
 from tests.lab.kernel_node import program_kernel_node, start_kernel_node
 from tests.lab.require import require_program, require_root
 
@@ -145,16 +146,12 @@ def test_full_size_packet_passes_and_one_byte_more_does_not(made: Lab) -> None:
 @pytest.mark.parametrize("flags", [(), ("-u", "-b", "20M")], ids=["tcp", "udp"])
 def test_tcp_and_udp_both_ways_with_the_kernel_node(made: Lab, flags: tuple[str, ...]) -> None:
     (_, ours), _, (kernel_host, kernel) = _containers(made)
-    server = kernel.start("iperf3", "-s", "-1", log=made.folder / "iperf3.log")
-    wait_until(lambda: ":5201" in kernel.exec("ss", "-ltn"), "iperf3 listens")
-    target = str(container_address(kernel_host, 6))
-    words = ("iperf3", "-J", "--bidir", "-c", target, "-t", "1", *flags)
-    end = json.loads(ours.exec(*words))["end"]
-    kernel.processes[server].wait(10)
+    target = container_address(kernel_host, 6)
+    end = iperf3(ours, kernel, target, made.folder, "--bidir", *flags)
     for way in ("", "_bidir_reverse"):
         if "-u" in flags:
             assert end[f"sum_received{way}"]["packets"] > 1000
-            assert end[f"sum_received{way}"]["lost_packets"] == 0
+            assert end[f"sum_received{way}"]["lost_packets"] <= end["unread"]
         else:
             assert end[f"sum_received{way}"]["bytes"] > 1_000_000
     statistics = json.loads(kernel_host.ip("-s", "-j", "link", "show", "flannel-v6.1"))[0]
@@ -362,14 +359,14 @@ def test_echo_in_ipv6_is_of_the_size_that_was_asked_for(made: Lab) -> None:
     def who_answers(size: int, seconds: float) -> set[IPAddress]:
         return inside(host, lambda: asyncio.run(echo(dict.fromkeys(both, size), seconds)))
 
-    assert who_answers(0, 1.0) == both
-    assert who_answers(1500, 1.0) == both
+    assert who_answers(0, 10.0) == both
+    assert who_answers(1500, 10.0) == both
     assert not who_answers(1501, 0.1)
     # A smaller MTU behind our own interface: the sender is told, and nothing is fragmented.
     kernel.ip("link", "set", "eth0", "mtu", "1400")
     made.switch.ip("link", "set", "h3", "mtu", "1400")
     try:
-        assert who_answers(1400, 1.0) == both
+        assert who_answers(1400, 10.0) == both
         assert not who_answers(1401, 0.1)
     finally:
         kernel.ip("link", "set", "eth0", "mtu", "1500")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -30,6 +31,7 @@ from tests.lab.hosts import (
     ping,
     wait_until,
 )
+from tests.lab.iperf import iperf3
 from tests.lab.kernel_node import program_kernel_node, start_kernel_node
 from tests.lab.require import require_program, require_root
 from tests.lab.wire import UDP_HEADER, tap
@@ -39,6 +41,7 @@ DEVICE = f"flannel.{VNI}"
 KERNEL_SUBNET = IPv4Network("10.244.200.0/24")
 KERNEL_KEY = f"{PREFIX}/subnets/10.244.200.0-24"
 KERNEL_MAC, OTHER_MAC = "0a:00:00:00:00:03", "0a:00:00:00:00:13"
+PINGS_PER_SECOND = 100
 KERNEL_ROUTE = f"{KERNEL_SUBNET} via {KERNEL_SUBNET[0]} dev {DEVICE} onlink"
 
 
@@ -87,10 +90,11 @@ def receive_errors(host: Host) -> int:
 
 @contextmanager
 def steady_pings(source: Namespace, target: IPAddress) -> Iterator[list[int]]:
-    """Ping a hundred times a second; afterwards the list holds how many were sent and lost."""
+    """Ping all the time; afterwards the list holds how many were sent and lost."""
     counts: list[int] = []
+    interval = str(1 / PINGS_PER_SECOND)
     process = subprocess.Popen(
-        ["ip", "netns", "exec", source.name, "ping", "-q", "-i", "0.01", str(target)],
+        ["ip", "netns", "exec", source.name, "ping", "-q", "-i", interval, str(target)],
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -98,7 +102,7 @@ def steady_pings(source: Namespace, target: IPAddress) -> Iterator[list[int]]:
         yield counts
     finally:
         process.send_signal(2)
-        printed, _ = process.communicate(timeout=10)
+        printed, _ = process.communicate(timeout=30)
     found = re.search(r"(\d+) packets transmitted, (\d+) received", printed)
     assert found is not None, printed
     sent, received = map(int, found.groups())
@@ -151,15 +155,12 @@ def test_oversize_with_df_is_told_the_mtu_by_either_host(made: Lab) -> None:
 @pytest.mark.parametrize("flags", [(), ("-R",), ("-u", "-b", "20M"), ("-u", "-b", "20M", "-R")])
 def test_tcp_and_udp_both_ways(made: Lab, flags: tuple[str, ...]) -> None:
     (source, target), (sink, _) = ends(made)
-    server = sink.start("iperf3", "-s", "-1", log=made.folder / "iperf3.log")
-    wait_until(lambda: ":5201" in sink.exec("ss", "-ltn"), "iperf3 listens")
-    report = json.loads(source.exec("iperf3", "-J", "-c", str(target), "-t", "1", *flags))
-    sink.processes[server].wait(10)
+    end = iperf3(source, sink, target, made.folder, *flags)
     if "-u" in flags:
-        assert report["end"]["sum"]["packets"] > 500
-        assert report["end"]["sum"]["lost_packets"] == 0
+        assert end["sum"]["packets"] > 500
+        assert end["sum"]["lost_packets"] <= end["unread"]
     else:
-        assert report["end"]["sum_received"]["bytes"] > 1_000_000
+        assert end["sum_received"]["bytes"] > 1_000_000
     assert receive_errors(made.hosts[1]) == 0
 
 
@@ -170,17 +171,20 @@ def test_the_kernel_nodes_mac_changes_while_packets_flow(made: Lab) -> None:
     value = made.etcdctl("get", "--print-value-only", KERNEL_KEY).strip()
     for mac in (OTHER_MAC, KERNEL_MAC):
         with steady_pings(source, target) as counts:
+            began = time.monotonic()
             made.etcdctl("put", KERNEL_KEY, value.replace(KERNEL_MAC, mac))
             kernel.ip("link", "set", DEVICE, "address", mac)
             # With its MAC a kernel device loses its neighbours, the permanent ones too.
             program_kernel_node(made, kernel, vni=VNI)
             wait_until(partial(is_sent_to, made, mac), "we send to the new MAC")
+            changing = time.monotonic() - began
             for _ in range(20):
                 assert is_reached(source, target)
         sent, lost = counts
         assert sent > 5
-        # What was sent to a MAC that was not there, and while the neighbours were missing.
-        assert lost <= 60, counts
+        # What was sent to a MAC that was not there, and while the neighbours were missing; and the
+        # last one's answer may be under way.
+        assert lost <= PINGS_PER_SECOND * changing + 1, counts
 
 
 def is_sent_to(made: Lab, mac: str) -> bool:
