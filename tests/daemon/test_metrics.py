@@ -153,9 +153,9 @@ def test_10000_peers_take_the_loop_a_moment(context: Context) -> None:
         context.replace(_route(number))
     took = []
     for _ in range(5):
-        started = time.perf_counter()
+        started = time.thread_time()
         snapshot = replace(EMPTY, devices=(_device(context),))
-        took.append(time.perf_counter() - started)
+        took.append(time.thread_time() - started)
     assert min(took) < 0.02
     started = time.perf_counter()
     page = render(snapshot)
@@ -213,6 +213,8 @@ def test_what_the_kernel_dropped_before_us_is_told(nodes: Lab) -> None:
         f"[udp.sendto(b'x', ('{container_address(nodes.hosts[0])}', 9)) for _ in range({SENT})]"
     )
     (daemon,) = host.processes
+    # The kernel's own words would take room as well.
+    host.exec("sysctl", "-qw", "net.ipv6.conf.flannel/1.disable_ipv6=1")
     freeze(daemon)
     try:
         host.exec("python3", "-c", flood)
