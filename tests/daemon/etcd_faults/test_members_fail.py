@@ -108,6 +108,6 @@ def test_the_quorum_is_lost(faults: Faults) -> None:
         faults.followed()
 
 
-def test_all_that_cost_less_than_a_twentieth_of_a_core(cpu: Cpu) -> None:
+def test_all_that_cost_a_small_part_of_a_core(cpu: Cpu) -> None:
     shares = cpu.worst_shares()
     assert 0 < min(shares) <= max(shares) < CPU_SHARE, shares
