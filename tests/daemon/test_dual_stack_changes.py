@@ -24,7 +24,17 @@ from typing import Any
 import pytest
 
 from tests.lab.flows import flows
-from tests.lab.hosts import PREFIX, Host, Lab, container_address, is_reached, lab, ping, wait_until
+from tests.lab.hosts import (
+    DEADLINE_SECONDS,
+    PREFIX,
+    Host,
+    Lab,
+    container_address,
+    is_reached,
+    lab,
+    ping,
+    wait_until,
+)
 from tests.lab.require import require_program, require_root
 from tests.lab.supervisor import Supervisor
 
@@ -190,7 +200,7 @@ def test_status_metrics_and_peers_show_both_families(nodes: Lab) -> None:
 def _takeover(nodes: Lab, host: Host) -> None:
     old = host.processes[_daemon(host)]
     nodes.start_daemon(host, *FLAGS, "--takeover")
-    assert old.wait(10) == 0
+    assert old.wait(DEADLINE_SECONDS) == 0
 
 
 def _offloads(host: Host) -> list[str]:

@@ -223,7 +223,7 @@ def test_new_address_is_advertised_as_soon_as_etcd_answers(nodes: Lab) -> None:
     finally:
         etcd.send_signal(signal.SIGCONT)
     # What waits for an answer of etcd gives up after 3 s, and asks again after up to 2 s.
-    wait_until(lambda: _readvertised(nodes, "192.168.77.111"), "told to the peers", 6)
+    wait_until(lambda: _readvertised(nodes, "192.168.77.111"), "told to the peers", 15)
     host.ip("addr", "del", "192.168.77.111/24", "dev", "eth0")
     host.ip("addr", "add", "192.168.77.11/24", "dev", "eth0")
     wait_until(lambda: _readvertised(nodes, "192.168.77.11"), "told to the peers", LIMIT_SECONDS)

@@ -44,7 +44,7 @@ FLANNELD_IP_MASQ=true
 PYFLANNEL_UDP_OPTIONS=--iface eth0
 """
 PACKETS_PER_SECOND = 500
-WATCHDOG_SECONDS = 3
+WATCHDOG_SECONDS = 6
 CAP_NET_ADMIN, CAP_NET_RAW, CAP_SYS_NICE = 12, 13, 23
 SCHED_RR = 2
 
@@ -227,9 +227,10 @@ def test_packets_queue_while_it_is_away(nodes: tuple[Lab, Booted], way: str) -> 
     assert _main(node) not in (0, old)
     assert int(node.show("NFileDescriptorStore")) == kept
     assert _state(made, node) == before
-    # What was between the two queues at that moment goes with a process that is killed.
+    # What was between the two queues at that moment goes with a process that is killed: one, or
+    # what has come while it waited for a core.
     for count in counts:
-        assert count.lost <= (1 if way == "killed" else 0)
+        assert count.lost <= (10 if way == "killed" else 0)
         assert (count.duplicate, count.reordered) == (0, 0)
 
 
@@ -260,7 +261,7 @@ def _hang(node: Booted) -> None:
     node.systemctl("kill", "--kill-whom=main", "--signal=STOP", SERVICE)
     wait_until(lambda: _is_ready_again(node, restarts + 1), "it runs again")
     assert _main(node) not in (0, successor)
-    assert "Watchdog timeout (limit 3s)!" in node.journal()
+    assert f"Watchdog timeout (limit {WATCHDOG_SECONDS}s)!" in node.journal()
 
 
 def test_nftables_within_its_confinement(nodes: tuple[Lab, Booted]) -> None:

@@ -278,7 +278,7 @@ def put_all(
         for one in given[begin : begin + TOGETHER]:
             put(one)
         expected += sum(map(measure, expected_of(family)[begin : begin + TOGETHER]))
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 30
         while measure(got) < expected:
             turn()
             select.select([receiver.raw], [], [], 0.001)

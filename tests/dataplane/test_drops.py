@@ -137,7 +137,7 @@ def test_what_is_refused_is_counted_once(
             return nodes[0].context.counters(), nodes[1].context.counters()
 
         def wait_for(packets: int) -> None:
-            deadline = time.monotonic() + 10
+            deadline = time.monotonic() + 30
             while True:
                 ours, theirs = map(of_the_node, counters())
                 if ours[0] + ours[4] == packets and theirs[2] + theirs[4] == ours[0]:

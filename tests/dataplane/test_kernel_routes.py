@@ -199,7 +199,8 @@ def test_ten_thousand_routes_come_and_go_in_bulk(host: Namespace) -> None:
     start = time.monotonic()
     assert write(host, many) == []
     # 1.3 s, all of it the kernel's: it compares each new next hop with all others of the device.
-    assert time.monotonic() - start < 5
+    # A program or a thread for each route takes over 20.
+    assert time.monotonic() - start < 12
     assert len(routes(host)) == len(many)
     assert sync(host, many) == (0, 0, [])
     assert write(host, [], many) == []

@@ -18,7 +18,7 @@ import pytest
 from pyflannel.dataplane.interface import Reach
 from pyflannel.dataplane.netlink import Netlink
 from pyflannel.dataplane.route import IPAddress
-from tests.lab.hosts import Namespace
+from tests.lab.hosts import Namespace, wait_until
 from tests.lab.inside import inside, namespace_with_tun
 from tests.lab.require import require_program, require_root
 
@@ -56,6 +56,7 @@ def test_interfaces_are_told_in_kernel_order_with_their_addresses(host: Namespac
     host.ip("addr", "add", "192.0.2.12/24", "dev", "eth0")
     host.ip("addr", "add", "198.51.100.7/32", "dev", "eth0", "preferred_lft", "0", "valid_lft", "9")
     host.ip("addr", "add", "203.0.113.9/24", "dev", "veth0", "scope", "link")
+    wait_until(lambda: "fe80:" in host.ip("addr", "show", "eth0"), "a link-local address")
     host.ip("link", "set", "veth0", "mtu", "1400", "down")
     found = {x.name: x for x in ask(host, lambda netlink: netlink.interfaces())}
     names = [
