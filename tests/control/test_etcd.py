@@ -251,19 +251,19 @@ async def test_a_slow_etcd_gets_more_time(
     cluster: EtcdCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each answer takes longer than twice the first patience, though the connection stands."""
-    monkeypatch.setattr(etcd_connection, "REQUEST_SECONDS", 1.0)
+    monkeypatch.setattr(etcd_connection, "REQUEST_SECONDS", 0.3)
 
     connections = 0
 
     def all_but_the_first_words() -> Iterator[float]:
         nonlocal connections
         connections += 1
-        return itertools.chain([0.0], itertools.repeat(2.5))
+        return itertools.chain([0.0], itertools.repeat(0.7))
 
     async with slow(cluster.endpoints[0], all_but_the_first_words) as endpoint:
         etcd = Etcd([endpoint])
         in_a_row = 0
-        for _ in range(10):
+        for _ in range(20):
             before = connections, etcd.session.failures
             with contextlib.suppress(EtcdUnavailable):
                 await etcd.get("x")
