@@ -41,4 +41,10 @@ void backlog_add(struct backlog *backlog, const struct waiting *packet);
 struct waiting backlog_take(struct backlog *backlog);
 void backlog_release(struct backlog *backlog);
 
+/* The packet that waits longest, if any does. */
+static inline const struct waiting *backlog_first(const struct backlog *backlog)
+{
+	return &backlog->waiting[backlog->first];
+}
+
 #endif

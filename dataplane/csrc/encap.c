@@ -16,8 +16,9 @@
  * Of a queue in which bulk and something else are mixed more is read, to its end if there is room,
  * and the bulk waits in the arena (csrc/backlog.c) while the rest is sent.
  *
- * When a socket's send buffer is full, the batch stays where it is and nothing is read until there
- * is room: the queue is then the TUN's.
+ * When a socket's send buffer is full, what it has of the batch stays where it is, and the queue is
+ * not read until that is out: it is then the TUN's. Other queues go on, as their packets may leave
+ * by another socket, to a peer behind a faster link.
  */
 #define _GNU_SOURCE
 #include "encap.h"
@@ -311,19 +312,34 @@ static void note_standing(struct tun_queue *queue, bool empty, uint64_t now)
 	}
 }
 
-/**
- * encap_flush() - Send all that is held, as far as the sockets have room
- * @side: Side that no other thread is in
- *
- * Return: whether everything is out
- */
-bool encap_flush(struct encap_side *side)
+/* Send what was added, as far as the sockets have room. */
+static void flush(struct encap_side *side)
 {
-	bool sent = sender_flush(&side->sender);
-
-	if (sent)
+	sender_flush(&side->sender);
+	if (!side->sender.full)
 		backlog_release(&side->backlog);
-	return sent;
+}
+
+/**
+ * encap_flush_full() - Send what full sockets hold, as far as they have room now
+ * @side: Side that no other thread is in
+ */
+void encap_flush_full(struct encap_side *side)
+{
+	sender_flush_full(&side->sender);
+	if (!side->sender.full)
+		backlog_release(&side->backlog);
+}
+
+/* Have room to read to while sockets are full. Return: whether there is */
+static bool make_room(struct encap_side *side)
+{
+	if (!side->sender.full)
+		return true;
+	if (!sender_park(&side->sender))
+		return false;
+	backlog_release(&side->backlog);
+	return true;
 }
 
 static size_t batch_bytes(const struct encap_side *side)
@@ -362,7 +378,7 @@ static void send_waiting(struct encap_side *side)
 {
 	size_t most = batch_bytes(side), bytes = 0;
 
-	while (side->backlog.count && bytes < most && sender_has_room(&side->sender)) {
+	while (encap_can_send_waiting(side) && bytes < most && sender_has_room(&side->sender)) {
 		struct waiting packet = backlog_take(&side->backlog);
 		struct encap encap;
 
@@ -389,20 +405,22 @@ int encap_turn(struct encap_side *side, struct tun_queue *queue)
 {
 	struct batch batch = { 0 };
 	int err = 0;
-	bool sent;
 
-	if (encap_is_blocked(side) || (encap_holds(side) && !encap_flush(side)))
-		return 0;
 	side->now = now_ns();
 	fib_enter(side->ctx->fib, &side->reader);
-	if (queue)
+	sender_begin(&side->sender);
+	if (queue && make_room(side))
 		err = read_batch(side, queue, &batch);
-	sent = encap_flush(side);
-	if (sent && encap_has_waiting(side)) {
-		send_waiting(side);
-		sent = encap_flush(side);
+	flush(side);
+	if (queue) {
+		queue->full = side->sender.added & side->sender.full;
+		queue->starved = side->sender.full && !batch.packets && !batch.emptied && !err;
 	}
-	if (!sent)
+	if (encap_can_send_waiting(side)) {
+		send_waiting(side);
+		flush(side);
+	}
+	if (side->sender.full)
 		sender_forget_peers(&side->sender);
 	fib_leave(&side->reader);
 	return err && !batch.packets ? -err : (int)batch.packets;
@@ -454,18 +472,20 @@ void encap_close(struct encap_side *side)
  */
 bool encap_drain(struct encap_side *side, uint64_t deadline)
 {
-	for (;;) {
-		while (!encap_flush(side)) {
-			uint64_t now = now_ns();
+	while (side->sender.full || side->backlog.count) {
+		uint64_t now = now_ns();
 
-			if (now >= deadline ||
-			    !sender_wait(&side->sender, (int)((deadline - now) / 1000000) + 1))
-				return false;
+		if (encap_can_send_waiting(side)) {
+			encap_turn(side, NULL);
+			continue;
 		}
-		if (!encap_has_waiting(side))
-			return true;
-		encap_turn(side, NULL);
+		encap_flush_full(side);
+		if (side->sender.full &&
+		    (now >= deadline ||
+		     !sender_wait(&side->sender, (int)((deadline - now) / 1000000) + 1)))
+			return false;
 	}
+	return true;
 }
 
 /** encap_give_up() - Count what encap_drain() left as lost; only encap_close() may follow */
@@ -473,7 +493,7 @@ void encap_give_up(struct encap_side *side)
 {
 	size_t left = sender_left(&side->sender);
 
-	while (encap_has_waiting(side))
+	while (side->backlog.count)
 		left += backlog_take(&side->backlog).datagrams;
 	drop(side, FP_DROP_SEND_BUFFER, left);
 }

@@ -18,6 +18,8 @@ struct tun_queue {
 	uint32_t flow; /* hash of the last packet's */
 	uint64_t mixed; /* when one that is not bulk last came behind what stood, ns */
 	unsigned int waiting; /* packets that were read and wait for their turn */
+	uint64_t full; /* sockets that hold packets of it until they have room, a bit each */
+	bool starved; /* there was no room to read it to */
 };
 
 /* The way from the TUN to the wire. One thread at a time is in it. */
@@ -35,27 +37,30 @@ struct encap_side {
 int encap_open(struct encap_side *side, struct fp_ctx *ctx, const struct fp_io *io, int epoll_fd,
 	       uint64_t key);
 void encap_close(struct encap_side *side);
-bool encap_flush(struct encap_side *side);
+void encap_flush_full(struct encap_side *side);
 int encap_turn(struct encap_side *side, struct tun_queue *queue);
 bool encap_drain(struct encap_side *side, uint64_t deadline);
 void encap_give_up(struct encap_side *side);
 
-/* Whether a send socket has no room, so that nothing can be read. */
-static inline bool encap_is_blocked(const struct encap_side *side)
+/* Whether a packet that was read ahead can be sent. */
+static inline bool encap_can_send_waiting(const struct encap_side *side)
 {
-	return side->sender.blocked;
+	return side->backlog.count &&
+	       !sender_is_full(&side->sender, backlog_first(&side->backlog)->flow);
 }
 
-/* Whether anything that was to be sent is still here. */
-static inline bool encap_holds(const struct encap_side *side)
+/* Full sockets were flushed: a queue waits for those that are not through with it. */
+static inline void encap_go_on(const struct encap_side *side, struct tun_queue *queue)
 {
-	return side->sender.sends;
+	queue->full &= side->sender.full;
+	queue->starved = false;
 }
 
-/* Whether packets wait that were read ahead. */
-static inline bool encap_has_waiting(const struct encap_side *side)
+/* Whether a queue is not to be read, as sockets are full. */
+static inline bool encap_must_wait(const struct encap_side *side, const struct tun_queue *queue)
 {
-	return side->backlog.count;
+	return (queue->full & side->sender.full) || queue->starved ||
+	       (queue->waiting && !encap_can_send_waiting(side));
 }
 
 #endif

@@ -56,7 +56,8 @@ int lane_move(struct lane *from, struct lane *to, struct source *source)
 {
 	int err;
 
-	if (source->queue && (source->queue->waiting || encap_holds(&from->encap)))
+	if (source->queue &&
+	    (source->queue->waiting || encap_must_wait(&from->encap, source->queue)))
 		return 0;
 	err = watch(from, EPOLL_CTL_DEL, source, 0);
 	if (err)
@@ -67,18 +68,30 @@ int lane_move(struct lane *from, struct lane *to, struct source *source)
 	return lane_add(to, source);
 }
 
-/* Nothing can be read from a queue while a socket waits: it must not keep the epoll set ready. */
+/* A queue that is not to be read must not keep the epoll set ready. */
 static void mute(struct lane *lane, struct source *source)
 {
 	lane->muted[source->number] = true;
 	watch(lane, EPOLL_CTL_MOD, source, 0);
 }
 
-static void unmute_all(struct lane *lane)
+/*
+ * Full sockets may have room again: send what they hold, and read what waited for that. A queue
+ * does not wait for a socket that is full again of others: its next packets stand in line behind
+ * those.
+ */
+static void go_on(struct lane *lane)
 {
+	encap_flush_full(&lane->encap);
 	for (unsigned int i = 0; i < lane->sources; i++) {
-		if (lane->muted[i])
-			watch(lane, EPOLL_CTL_MOD, &lane->source[i], EPOLLIN);
+		struct source *source = &lane->source[i];
+
+		if (!source->queue || !lane->has[i])
+			continue;
+		encap_go_on(&lane->encap, source->queue);
+		if (!lane->muted[i] || encap_must_wait(&lane->encap, source->queue))
+			continue;
+		watch(lane, EPOLL_CTL_MOD, source, EPOLLIN);
 		lane->muted[i] = false;
 	}
 }
@@ -93,7 +106,7 @@ static int note_ready(struct lane *lane, struct source *source, uint32_t events)
 	/* tun_chr_poll() reports an error only when the device is gone. */
 	if (events & EPOLLERR)
 		return -EBADFD;
-	if (encap_is_blocked(&lane->encap))
+	if (encap_must_wait(&lane->encap, source->queue))
 		mute(lane, source);
 	else if (!lane->queue || source->queue->served < lane->queue->queue->served)
 		lane->queue = source;
@@ -110,7 +123,7 @@ static int note_ready(struct lane *lane, struct source *source, uint32_t events)
 int lane_wait(struct lane *lane, int timeout_ms)
 {
 	struct epoll_event event[EVENTS];
-	bool waits = encap_has_waiting(&lane->encap) && !encap_is_blocked(&lane->encap);
+	bool waits = encap_can_send_waiting(&lane->encap);
 	int count = epoll_wait(lane->epoll_fd, event, EVENTS, waits ? 0 : timeout_ms);
 	bool has_room = false;
 
@@ -129,8 +142,8 @@ int lane_wait(struct lane *lane, int timeout_ms)
 		if (err)
 			return err;
 	}
-	if (has_room && encap_flush(&lane->encap))
-		unmute_all(lane);
+	if (has_room)
+		go_on(lane);
 	return (count < 0 ? 0 : count) + waits;
 }
 
@@ -154,7 +167,7 @@ int lane_turn(struct lane *lane, unsigned int batches)
 		source->packets += (size_t)moved;
 		total += moved;
 	}
-	if (!lane->queue && !encap_has_waiting(&lane->encap))
+	if (!lane->queue && !encap_can_send_waiting(&lane->encap))
 		return total;
 	moved = encap_turn(&lane->encap, lane->queue ? lane->queue->queue : NULL);
 	if (moved < 0)

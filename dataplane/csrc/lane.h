@@ -29,7 +29,7 @@ struct lane {
 	int epoll_fd; /* -1 before lane_open() */
 	_Atomic unsigned int held; /* sources in this lane */
 	_Atomic bool has[SOURCES_MAX];
-	bool muted[SOURCES_MAX]; /* not waited for, while nothing can be sent */
+	bool muted[SOURCES_MAX]; /* TUN queues that are not waited for */
 	bool stopped; /* lane_wait() saw the stop signal */
 	struct source *queue; /* ready, and served longest ago; or NULL */
 	unsigned int sockets; /* ready */

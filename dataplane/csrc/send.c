@@ -8,7 +8,7 @@
  * A flow always has the same socket, and a socket's messages are sent in the order in which their
  * first packets were added, each flow's packets in order. When a socket's send buffer is full, what
  * it holds stays here until epoll says that there is room or a timer that there should be, and is
- * lost where epoll cannot be asked.
+ * lost where epoll cannot be asked. The other sockets go on meanwhile: they may lead elsewhere.
  */
 #define _GNU_SOURCE
 #include "send.h"
@@ -17,10 +17,12 @@
 #include <netinet/in.h>
 #include <netinet/udp.h>
 #include <poll.h>
+#include <stdlib.h>
 #include <sys/epoll.h>
 #include <sys/timerfd.h>
 #include <unistd.h>
 
+#define BIT(index) (1ULL << (index))
 #define MESSAGES 128
 /* Messages to a peer that refused a segmented one, before the next is tried. */
 #define UNSEGMENTED_MESSAGES 4096
@@ -73,29 +75,29 @@ static void set_timer(const struct sender *sender, long ns)
 }
 
 /* A socket is full. Return: whether it can be waited for: there are fs.epoll.max_user_watches */
-static bool block(struct sender *sender, struct send_socket *socket)
+static bool block(struct sender *sender, unsigned int index)
 {
+	struct send_socket *socket = &sender->socket[index];
 	struct epoll_event event = { .events = EPOLLOUT, .data.u64 = sender->key };
 
-	if (!socket->blocked) {
+	if (!(sender->full & BIT(index))) {
 		if (epoll_ctl(sender->epoll_fd, EPOLL_CTL_ADD, socket->fd, &event))
 			return false;
 		count_up(&sender->counters->sends_blocked, 1);
-		sender->blocked++;
-		socket->blocked = true;
+		sender->full |= BIT(index);
 	}
 	socket->full_at = now_ns();
 	set_timer(sender, ROOM_LATE_NS);
 	return true;
 }
 
-static void unblock(struct sender *sender, struct send_socket *socket)
+static void unblock(struct sender *sender, unsigned int index)
 {
-	if (!socket->blocked)
+	if (!(sender->full & BIT(index)))
 		return;
-	epoll_ctl(sender->epoll_fd, EPOLL_CTL_DEL, socket->fd, NULL);
-	socket->blocked = false;
-	if (!--sender->blocked)
+	epoll_ctl(sender->epoll_fd, EPOLL_CTL_DEL, sender->socket[index].fd, NULL);
+	sender->full &= ~BIT(index);
+	if (!sender->full)
 		set_timer(sender, 0);
 }
 
@@ -205,6 +207,48 @@ static void gather(const struct sender *sender, const struct send_socket *socket
 	}
 }
 
+static int take_piece(struct sender *sender)
+{
+	int index = sender->free_piece;
+
+	assert(index >= 0);
+	sender->free_piece = sender->piece[index].next;
+	sender->pieces++;
+	return index;
+}
+
+static int take_send(struct sender *sender)
+{
+	int index = sender->free_send;
+
+	assert(index >= 0);
+	sender->free_send = sender->send[index].next;
+	sender->sends++;
+	return index;
+}
+
+static void free_pieces(struct sender *sender, int first, int last)
+{
+	for (int i = first; i >= 0; i = sender->piece[i].next)
+		sender->pieces--;
+	sender->piece[last].next = sender->free_piece;
+	sender->free_piece = first;
+}
+
+/* The first send of @socket is through. */
+static void free_first(struct sender *sender, struct send_socket *socket)
+{
+	int index = socket->first;
+	struct send *send = &sender->send[index];
+
+	free_pieces(sender, send->first, send->last);
+	free(send->parked);
+	socket->first = send->next;
+	send->next = sender->free_send;
+	sender->free_send = index;
+	sender->sends--;
+}
+
 /* The first message of @socket is out, or dropped. Return: its datagrams */
 static unsigned int advance(struct sender *sender, struct send_socket *socket)
 {
@@ -213,7 +257,7 @@ static unsigned int advance(struct sender *sender, struct send_socket *socket)
 
 	send->sent += datagrams;
 	if (send->sent == send->datagrams)
-		socket->first = send->next;
+		free_first(sender, socket);
 	return datagrams;
 }
 
@@ -264,8 +308,9 @@ static void refused(struct sender *sender, struct send_socket *socket, int err)
 }
 
 /* Send what a socket has, until it is through or has no room. */
-static void flush_socket(struct sender *sender, struct send_socket *socket)
+static void flush_socket(struct sender *sender, unsigned int index)
 {
+	struct send_socket *socket = &sender->socket[index];
 	struct outgoing out;
 
 	while (socket->first >= 0) {
@@ -280,7 +325,7 @@ static void flush_socket(struct sender *sender, struct send_socket *socket)
 		if (sent < 0 && errno == EINTR)
 			continue;
 		if (sent < 0 && errno == EAGAIN) {
-			if (block(sender, socket))
+			if (block(sender, index))
 				return;
 			errno = ENOBUFS;
 		}
@@ -301,7 +346,7 @@ static void flush_socket(struct sender *sender, struct send_socket *socket)
 		}
 	}
 	socket->last = -1;
-	unblock(sender, socket);
+	unblock(sender, index);
 }
 
 /* Full sockets may have room again: see whether it is what they need. */
@@ -317,24 +362,86 @@ static void adapt_rooms(struct sender *sender)
 	for (unsigned int i = 0; i < sender->sockets; i++) {
 		struct send_socket *socket = &sender->socket[i];
 
-		if (socket->blocked)
+		if (sender->full & BIT(i))
 			room_adapt(&socket->room, socket->fd, is_idle,
 				   now - socket->full_at >= ROOM_LATE_NS);
 	}
 }
 
-/** sender_flush() - Send all that was added. Return: whether everything is out */
-bool sender_flush(struct sender *sender)
+/** sender_begin() - A batch begins: nothing was added yet, as @added counts */
+void sender_begin(struct sender *sender)
 {
-	if (sender->blocked)
-		adapt_rooms(sender);
+	sender->added = 0;
+}
+
+/** sender_flush() - Send what was added for sockets that are not full */
+void sender_flush(struct sender *sender)
+{
 	for (unsigned int i = 0; i < sender->sockets; i++) {
-		if (sender->socket[i].first >= 0)
-			flush_socket(sender, &sender->socket[i]);
+		if (sender->socket[i].first >= 0 && !(sender->full & BIT(i)))
+			flush_socket(sender, i);
 	}
-	if (sender->blocked)
+}
+
+/** sender_flush_full() - Send what full sockets have, as one of them may have room again */
+void sender_flush_full(struct sender *sender)
+{
+	adapt_rooms(sender);
+	for (unsigned int i = 0; i < sender->sockets; i++) {
+		if (sender->full & BIT(i))
+			flush_socket(sender, i);
+	}
+}
+
+static unsigned int socket_of(const struct sender *sender, uint32_t flow)
+{
+	return flow % sender->sockets;
+}
+
+/** sender_is_full() - Whether the socket of a flow, told by its hash, waits for room */
+bool sender_is_full(const struct sender *sender, uint32_t flow)
+{
+	return sender->full & BIT(socket_of(sender, flow));
+}
+
+/* Put what a send has into one piece of memory of its own. Return: false without memory */
+static bool park(struct sender *sender, struct send *send)
+{
+	struct piece *first = &sender->piece[send->first];
+	size_t length = 0;
+
+	for (int i = send->first; i >= 0; i = sender->piece[i].next)
+		length += sender->piece[i].length;
+	send->parked = malloc(length);
+	if (!send->parked)
 		return false;
-	sender->pieces = sender->sends = 0;
+	length = 0;
+	for (int i = send->first; i >= 0; i = sender->piece[i].next) {
+		memcpy(send->parked + length, sender->piece[i].start, sender->piece[i].length);
+		length += sender->piece[i].length;
+	}
+	if (send->last != send->first) {
+		free_pieces(sender, first->next, send->last);
+		send->last = send->first;
+	}
+	*first = (struct piece) { send->parked, length, -1 };
+	send->closed = true;
+	return true;
+}
+
+/** sender_park() - Let the memory that datagrams of full sockets lie in be used anew. Return:
+ * false when there is too little of it for that
+ */
+bool sender_park(struct sender *sender)
+{
+	for (unsigned int s = 0; s < sender->sockets; s++) {
+		for (int i = sender->socket[s].first; i >= 0; i = sender->send[i].next) {
+			struct send *send = &sender->send[i];
+
+			if (!send->parked && !park(sender, send))
+				return false;
+		}
+	}
 	return true;
 }
 
@@ -372,7 +479,7 @@ static struct send *open_send(struct sender *sender, const struct send_socket *s
 static struct send *new_send(struct sender *sender, struct send_socket *socket,
 			     const struct encap *encap, size_t size)
 {
-	int index = (int)sender->sends++;
+	int index = take_send(sender);
 	struct send *send = &sender->send[index];
 
 	*send = (struct send) {
@@ -398,17 +505,19 @@ static struct send *new_send(struct sender *sender, struct send_socket *socket,
 static void add_piece(struct sender *sender, struct send *send, uint8_t *start, size_t length)
 {
 	struct piece *last = send->last >= 0 ? &sender->piece[send->last] : NULL;
+	int index;
 
 	if (last && last->start + last->length == start) {
 		last->length += length;
 		return;
 	}
-	sender->piece[sender->pieces] = (struct piece) { start, length, -1 };
+	index = take_piece(sender);
+	sender->piece[index] = (struct piece) { start, length, -1 };
 	if (last)
-		last->next = (int)sender->pieces;
+		last->next = index;
 	else
-		send->first = (int)sender->pieces;
-	send->last = (int)sender->pieces++;
+		send->first = index;
+	send->last = index;
 }
 
 /**
@@ -423,8 +532,10 @@ static void add_piece(struct sender *sender, struct send *send, uint8_t *start, 
 void sender_add(struct sender *sender, const struct encap *encap, uint8_t *start, size_t datagrams,
 		size_t length, size_t size)
 {
-	struct send_socket *socket = &sender->socket[encap->flow.hash % sender->sockets];
+	unsigned int index = socket_of(sender, encap->flow.hash);
+	struct send_socket *socket = &sender->socket[index];
 
+	sender->added |= BIT(index);
 	while (datagrams) {
 		size_t one = datagrams == 1 ? length : size;
 		struct send *send = open_send(sender, socket, encap, datagrams, one);
@@ -452,7 +563,7 @@ bool sender_wait(const struct sender *sender, int timeout_ms)
 	nfds_t count = 0;
 
 	for (unsigned int i = 0; i < sender->sockets; i++) {
-		if (sender->socket[i].blocked)
+		if (sender->full & BIT(i))
 			full[count++] = (struct pollfd) { sender->socket[i].fd, POLLOUT, 0 };
 	}
 	return poll(full, count, timeout_ms) > 0;
@@ -525,6 +636,10 @@ int sender_open(struct sender *sender, const struct fp_io *io, int epoll_fd, uin
 			(struct send_socket) { .fd = io->send[i], .first = -1, .last = -1 };
 		room_open(&sender->socket[i].room, io->send[i]);
 	}
+	for (int i = 0; i < PIECES; i++)
+		sender->piece[i].next = i + 1 < PIECES ? i + 1 : -1;
+	for (int i = 0; i < SENDS; i++)
+		sender->send[i].next = i + 1 < SENDS ? i + 1 : -1;
 	sender->timer_fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK);
 	if (sender->timer_fd < 0)
 		return errno;
@@ -540,5 +655,9 @@ int sender_open(struct sender *sender, const struct fp_io *io, int epoll_fd, uin
 /** sender_close() - Free what sender_open() made */
 void sender_close(struct sender *sender)
 {
+	for (unsigned int s = 0; s < sender->sockets; s++) {
+		for (int i = sender->socket[s].first; i >= 0; i = sender->send[i].next)
+			free(sender->send[i].parked);
+	}
 	close(sender->timer_fd);
 }

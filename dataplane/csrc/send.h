@@ -8,8 +8,8 @@
 #include "room.h"
 
 #define SEND_SOCKETS_MAX 64
-#define SENDS 128
-#define PIECES 256
+#define SENDS 512
+#define PIECES 1024
 /* UDP_MAX_SEGMENTS of kernels before 6.9. */
 #define DATAGRAMS_PER_SEND 64
 /* Of one sender_add(): a full packet in segments of the smallest MSS that Linux sends (48)
@@ -23,7 +23,7 @@
 struct piece {
 	uint8_t *start;
 	size_t length;
-	int next; /* of the same send, or -1 */
+	int next; /* of the same send, or of those free; or -1 */
 };
 
 /* One message: datagrams of one size for one peer. */
@@ -39,13 +39,13 @@ struct send {
 	unsigned int most; /* datagrams that it may have */
 	unsigned int sent; /* of @datagrams, when it is split */
 	int first, last; /* pieces */
-	int next; /* of the same socket, or -1 */
+	uint8_t *parked; /* memory of its own, or NULL */
+	int next; /* of the same socket, or of those free; or -1 */
 };
 
 struct send_socket {
 	int fd;
-	int first, last; /* its sends of this batch, in order; -1 for none */
-	bool blocked;
+	int first, last; /* its sends, in order; -1 for none */
 	uint64_t full_at; /* when it was last full, ns */
 	struct room room;
 };
@@ -58,15 +58,17 @@ struct sender {
 	int timer_fd; /* readable once a socket is full for long */
 	unsigned int sockets;
 	struct send_socket socket[SEND_SOCKETS_MAX];
-	unsigned int blocked; /* sockets that wait for room */
+	uint64_t full; /* sockets that wait for room, a bit each */
+	uint64_t added; /* sockets that had something added since sender_begin() */
 	uint64_t slow_at; /* when one was last full for a link that is busy, ns */
 	bool segment;
-	unsigned int pieces, sends;
+	unsigned int pieces, sends; /* in use */
+	int free_piece, free_send; /* -1 for none */
 	struct piece piece[PIECES];
 	struct send send[SENDS];
 };
 
-/* Whether one sender_add() more may be called before a flush. */
+/* Whether one sender_add() more may be called. */
 static inline bool sender_has_room(const struct sender *sender)
 {
 	return sender->sends <= SENDS - SENDS_PER_ADD && sender->pieces <= PIECES - SENDS_PER_ADD;
@@ -77,7 +79,11 @@ int sender_open(struct sender *sender, const struct fp_io *io, int epoll_fd, uin
 void sender_close(struct sender *sender);
 void sender_add(struct sender *sender, const struct encap *encap, uint8_t *start, size_t datagrams,
 		size_t length, size_t size);
-bool sender_flush(struct sender *sender);
+void sender_begin(struct sender *sender);
+void sender_flush(struct sender *sender);
+void sender_flush_full(struct sender *sender);
+bool sender_is_full(const struct sender *sender, uint32_t flow);
+bool sender_park(struct sender *sender);
 bool sender_wait(const struct sender *sender, int timeout_ms);
 size_t sender_left(const struct sender *sender);
 void sender_forget_peers(struct sender *sender);

@@ -1,7 +1,8 @@
 """A link that is slower than its host: h1 (ours) eth1 --- 100 Mbit/s --- eth1 h2 (the kernel's).
 
 What a local sender has in flight must stand in its TUN queue, not in the device's, where all that
-leaves the host would wait for it.
+leaves the host would wait for it. What leaves by another link, to h3 (the kernel's) on eth0, must
+not wait for it either.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ from tests.lab.require import require_program, require_root
 
 pytestmark = pytest.mark.alone
 
-KERNEL_SUBNET = IPv4Network("10.244.200.0/24")
+SLOW, FAST = IPv4Network("10.244.200.0/24"), IPv4Network("10.244.201.0/24")
 RATE = 100e6
 STANDING_BYTES = 512 << 10
 """A send socket's least room and a super-packet on its way, for each of a few flows."""
 WINDOWS, WINDOW_SECONDS = 40, 0.5
+CONNECTIONS = 10
+"""One may share a TUN queue, or a source port, with what fills the slow link; not all of them."""
 
 
 @pytest.fixture
@@ -34,19 +37,38 @@ def made() -> Iterator[Lab]:
     made = Lab(UNDERLAYS["wire-100m"])
     try:
         made.start_switch()
-        made.cable(made.add_host(), made.add_host())
+        ours, slow, fast = (made.add_host() for _ in range(3))
+        by_switch = ours.address
+        made.cable(ours, slow)
+        fast.ip("route", "add", str(ours.address), "via", str(by_switch))
         made.start_etcd()
         made.put_config()
-        ours, kernel = made.hosts
-        made.start_daemon(ours)
-        start_kernel_node(made, kernel, KERNEL_SUBNET, "0a:00:00:00:00:03")
-        program_kernel_node(made, kernel)
-        wait_until(lambda: ping(ours, KERNEL_SUBNET[0]), "the kernel node is reached")
-        kernel.start("iperf3", "-s", log=made.folder / "iperf3.log")
-        wait_until(lambda: ":5201" in kernel.exec("ss", "-ltn"), "iperf3 listens")
+        made.start_daemon(ours, "--source-ports=64")
+        start_kernel_node(made, slow, SLOW, "0a:00:00:00:00:03")
+        start_kernel_node(made, fast, FAST, "0a:00:00:00:00:04")
+        for host in (slow, fast):
+            program_kernel_node(made, host)
+            host.start("iperf3", "-s", log=made.folder / f"iperf3-{host.name}.log")
+        wait_until(lambda: all(ping(ours, x[0]) for x in (SLOW, FAST)), "both are reached")
+        wait_until(lambda: all(_listens(host) for host in (slow, fast)), "iperf3 listens")
         yield made
     finally:
         made.close()
+
+
+def _listens(host: Host) -> bool:
+    return ":5201" in host.exec("ss", "-ltn")
+
+
+def _fill(made: Lab, *flags: str) -> Host:
+    """Send to the host behind the slow link, which is full when this returns; return who sends."""
+    host = made.hosts[0]
+    # fmt: off
+    host.start("iperf3", "-c", str(SLOW[0]), "-t", "60", *flags, log=host.folder / "iperf3.log")
+    # fmt: on
+    wait_until(lambda: _queue(host)[0] > 0, "the link is full")
+    time.sleep(1)  # until the window has grown
+    return host
 
 
 def _queue(host: Host) -> tuple[int, int]:
@@ -57,17 +79,28 @@ def _queue(host: Host) -> tuple[int, int]:
 
 @pytest.mark.parametrize("flags", [("-P", "1"), ("-P", "4"), ("-u", "-b", "1G", "-l", "1200")])
 def test_bulk_does_not_stand_before_all_else(made: Lab, flags: tuple[str, ...]) -> None:
-    host = made.hosts[0]
-    # fmt: off
-    host.start("iperf3", "-c", str(KERNEL_SUBNET[0]), "-t", "60", *flags,
-               log=host.folder / "iperf3.log")
-    # fmt: on
-    wait_until(lambda: _queue(host)[0] > 0, "the link is full")
-    time.sleep(1)  # until the window has grown
+    host = _fill(made, *flags)
     seen = [_window(host)]
     while not _is_short_and_full(*seen[-1]):
         assert len(seen) < WINDOWS, seen
         seen.append(_window(host))
+
+
+@pytest.mark.parametrize("flags", [("-P", "16"), ("-u", "-b", "50M", "-l", "1200", "-P", "4")])
+def test_another_link_does_not_wait_for_it(made: Lab, flags: tuple[str, ...]) -> None:
+    host = _fill(made, *flags)
+    rates = [_rate(host)]
+    while rates[-1] < 2 * RATE:
+        assert len(rates) < CONNECTIONS, rates
+        rates.append(_rate(host))
+    assert _queue(host)[0] > 0, "the slow link is not full any more"
+
+
+def _rate(host: Host) -> float:
+    """Return bits a second of a new connection to the host behind the fast link."""
+    said = host.exec("iperf3", "-J", "-c", str(FAST[0]), "-t", "1", check=False)
+    received = json.loads(said)["end"].get("sum_received", {})
+    return float(received.get("bits_per_second", 0))
 
 
 def _window(host: Host) -> tuple[int, float]:

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * The own queue in front of the wire: memory that something waits in is never given out again, who
- * sends little overtakes bulk in the same TUN queue, no flow is reordered, and nothing is lost
- * while the wire is full or when the side ends.
+ * sends little overtakes bulk in the same TUN queue, no flow is reordered, nothing is lost while
+ * the wire is full or when the side ends, and another wire's packets go on meanwhile.
  *
  * A TUN queue and the wire are pairs of SOCK_SEQPACKET sockets, which keep packets apart as both
  * do.
@@ -24,6 +24,8 @@
 #define FLOWS 40
 #define BULK 0 /* the flow that fills a queue */
 #define PACKETS 240
+#define WIRES 2
+#define ROOM (4 << 20)
 #define PAYLOAD 200
 #define READS_PER_BATCH 64
 #define WAIT_NS (100 * 1000 * 1000ULL)
@@ -126,13 +128,13 @@ static void check_memory(void)
 	free(backlog);
 }
 
-/* The encapsulation of one host with one TUN queue. */
+/* The encapsulation of one host with two TUN queues, of which most checks use the first. */
 struct host {
 	struct fp_ctx *ctx;
 	struct encap_side *side;
-	struct tun_queue queue;
-	int tun; /* the kernel's end */
-	int send, wire; /* the side's end, the wire's end */
+	struct tun_queue queue, other_queue;
+	int tun, other_tun; /* the kernel's ends */
+	int send[WIRES], wire[WIRES]; /* the side's ends, the wires' ends */
 	int epoll_fd;
 	uint16_t next[FLOWS]; /* number of its next packet into the queue */
 	uint16_t out[FLOWS]; /* and of the one that must leave next */
@@ -149,26 +151,39 @@ static void set_route(struct host *host, bool there)
 		HOLDS(fp_route_delete(host->ctx, route.subnet, route.subnet_len) == 0);
 }
 
-static void open_host(struct host *host, bool reads_ahead)
+static void join(int *from, int *to)
+{
+	int pair[2];
+
+	HOLDS(socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_NONBLOCK, 0, pair) == 0);
+	*from = pair[0];
+	*to = pair[1];
+}
+
+static void set_room(int fd, int bytes)
+{
+	setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &bytes, sizeof(bytes));
+}
+
+static void open_host(struct host *host, bool reads_ahead, int wires)
 {
 	struct fp_config config = config_of(2, FP_SPOOF_OFF);
-	struct fp_io io = { .send_count = 1 };
-	int tun[2], wire[2], bytes = 4 << 20;
+	struct fp_io io = { .send_count = wires };
 
 	*host = (struct host) { .epoll_fd = epoll_create1(0) };
-	HOLDS(socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_NONBLOCK, 0, tun) == 0);
-	HOLDS(socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_NONBLOCK, 0, wire) == 0);
-	setsockopt(tun[0], SOL_SOCKET, SO_SNDBUF, &bytes, sizeof(bytes));
-	host->tun = tun[0];
-	host->queue.fd = tun[1];
-	host->wire = wire[0];
-	host->send = wire[1];
-	io.send = &host->send;
+	join(&host->tun, &host->queue.fd);
+	join(&host->other_tun, &host->other_queue.fd);
+	for (int i = 0; i < WIRES; i++)
+		join(&host->send[i], &host->wire[i]);
+	io.send = host->send;
 	host->ctx = fp_ctx_new(&config);
 	host->side = calloc(1, sizeof(*host->side));
 	HOLDS(host->ctx && host->side);
 	HOLDS(encap_open(host->side, host->ctx, &io, host->epoll_fd, 0) == 0);
-	setsockopt(host->send, SOL_SOCKET, SO_SNDBUF, &bytes, sizeof(bytes));
+	set_room(host->tun, ROOM);
+	set_room(host->other_tun, ROOM);
+	for (int i = 0; i < wires; i++)
+		set_room(host->send[i], ROOM);
 	host->side->reads_ahead = reads_ahead;
 	set_route(host, true);
 }
@@ -180,13 +195,17 @@ static void close_host(struct host *host)
 	fp_ctx_free(host->ctx);
 	close(host->tun);
 	close(host->queue.fd);
-	close(host->wire);
-	close(host->send);
+	close(host->other_tun);
+	close(host->other_queue.fd);
+	for (int i = 0; i < WIRES; i++) {
+		close(host->send[i]);
+		close(host->wire[i]);
+	}
 	close(host->epoll_fd);
 }
 
-/* The kernel hands over the next packet of a flow. */
-static void put(struct host *host, unsigned int flow, uint8_t ecn)
+/* The kernel hands over the next packet of a flow in one of its queues. */
+static void put_to(struct host *host, int tun, unsigned int flow, uint8_t ecn)
 {
 	static const struct vnet_header plain;
 	uint8_t packet[2048];
@@ -194,32 +213,48 @@ static void put(struct host *host, unsigned int flow, uint8_t ecn)
 			     .source_node = 2,
 			     .destination_node = 1,
 			     .source_port = (uint16_t)flow,
-			     .id = host->next[flow]++,
+			     .id = host->next[flow],
+			     .fill = (uint8_t)host->next[flow],
 			     .tos = ecn,
 			     .payload = PAYLOAD };
 	struct iovec iov[] = { { (void *)&plain, sizeof(plain) },
 			       { packet, build(&spec, packet) } };
 
-	HOLDS(writev(host->tun, iov, 2) > 0);
+	host->next[flow]++;
+	HOLDS(writev(tun, iov, 2) > 0);
 }
 
-/* What has left, at most @most, each the next of its flow. Return: where among it BULK's last is */
-static int take(struct host *host, int most)
+static void put(struct host *host, unsigned int flow, uint8_t ecn)
+{
+	put_to(host, host->tun, flow, ecn);
+}
+
+/*
+ * What has left by a wire, at most @most, each the next of its flow. Return: where among it BULK's
+ * last is
+ */
+static int take_from(struct host *host, int wire, int most)
 {
 	uint8_t frame[2048];
 	int last_bulk = 0;
 
-	for (int i = 1; i <= most && recv(host->wire, frame, sizeof(frame), 0) > 0; i++) {
+	for (int i = 1; i <= most && recv(wire, frame, sizeof(frame), 0) > 0; i++) {
 		const uint8_t *ip = frame + PUSH;
 		unsigned int flow = (unsigned int)(ip[20] << 8 | ip[21]);
 
 		HOLDS(flow < FLOWS && (ip[4] << 8 | ip[5]) == host->out[flow]);
+		HOLDS(ip[20 + 8] == (uint8_t)host->out[flow]);
 		host->out[flow]++;
 		host->left++;
 		if (flow == BULK)
 			last_bulk = i;
 	}
 	return last_bulk;
+}
+
+static int take(struct host *host, int most)
+{
+	return take_from(host, host->wire[0], most);
 }
 
 static void turn(struct host *host)
@@ -243,7 +278,7 @@ static void check_overtaking(bool reads_ahead)
 	struct host host;
 	int last_bulk;
 
-	open_host(&host, reads_ahead);
+	open_host(&host, reads_ahead, 1);
 	make_mixed(&host, ECN_NOT_ECT);
 	for (unsigned int flow = 2; flow < FLOWS; flow++)
 		put(&host, flow, ECN_NOT_ECT);
@@ -252,7 +287,7 @@ static void check_overtaking(bool reads_ahead)
 	/* All at once, or a batch in the order in which they came. */
 	HOLDS(host.left == 2 * READS_PER_BATCH + READS_PER_BATCH + (reads_ahead ? FLOWS - 2 : 0));
 	HOLDS(last_bulk == host.left - 2 * READS_PER_BATCH);
-	HOLDS(!encap_has_waiting(host.side) && host.queue.waiting == 0);
+	HOLDS(!host.side->backlog.count && host.queue.waiting == 0);
 	close_host(&host);
 }
 
@@ -262,20 +297,19 @@ static void check_full_wire(bool has_route)
 	struct fp_counters counters = { 0 };
 	struct fp_peer_traffic peer;
 	struct host host;
-	int bytes = 1;
 
-	open_host(&host, true);
+	open_host(&host, true, 1);
 	make_mixed(&host, ECN_NOT_ECT);
-	setsockopt(host.send, SOL_SOCKET, SO_SNDBUF, &bytes, sizeof(bytes));
+	set_room(host.send[0], 1);
 	turn(&host);
-	HOLDS(encap_is_blocked(host.side));
-	HOLDS(encap_has_waiting(host.side) && host.queue.waiting);
+	HOLDS(host.side->sender.full);
+	HOLDS(host.side->backlog.count && host.queue.waiting);
 	set_route(&host, has_route);
 	while (!encap_drain(host.side, 0))
 		take(&host, 1);
 	take(&host, PACKETS);
 	counters = host.side->counters;
-	HOLDS(!encap_has_waiting(host.side) && host.queue.waiting == 0);
+	HOLDS(!host.side->backlog.count && host.queue.waiting == 0);
 	HOLDS(host.left + (int)counters.drops[FP_DROP_NO_ROUTE] == 3 * READS_PER_BATCH);
 	HOLDS(has_route == (counters.drops[FP_DROP_NO_ROUTE] == 0));
 	if (has_route) {
@@ -290,11 +324,10 @@ static void check_dead_wire(void)
 {
 	struct host host;
 	uint64_t began = now_ns();
-	int bytes = 1;
 
-	open_host(&host, true);
+	open_host(&host, true, 1);
 	make_mixed(&host, ECN_NOT_ECT);
-	setsockopt(host.send, SOL_SOCKET, SO_SNDBUF, &bytes, sizeof(bytes));
+	set_room(host.send[0], 1);
 	turn(&host);
 	HOLDS(!encap_drain(host.side, began + WAIT_NS) && now_ns() - began >= WAIT_NS);
 	encap_give_up(host.side);
@@ -305,19 +338,81 @@ static void check_dead_wire(void)
 	close_host(&host);
 }
 
+/* Find a flow that leaves by each wire. */
+static void find_flows(struct host *host, unsigned int found[WIRES])
+{
+	for (unsigned int flow = 0; flow < FLOWS; flow++) {
+		put(host, flow, ECN_NOT_ECT);
+		turn(host);
+		for (int i = 0; i < WIRES; i++) {
+			int before = host->left;
+
+			take_from(host, host->wire[i], 1);
+			if (host->left > before)
+				found[i] = flow;
+		}
+	}
+}
+
+/*
+ * One wire is full: the queue with its packets waits, and the other one goes on, in memory that is
+ * used anew again and again, until it has a packet for the full wire as well.
+ */
+static void check_other_wire(void)
+{
+	unsigned int flow[WIRES];
+	struct host host;
+
+	open_host(&host, false, WIRES);
+	find_flows(&host, flow);
+	set_room(host.send[0], 1);
+	for (int i = 0; i < READS_PER_BATCH; i++)
+		put(&host, flow[0], ECN_NOT_ECT);
+	turn(&host);
+	HOLDS(encap_must_wait(host.side, &host.queue));
+	for (int times = 0; times < 400; times++) {
+		for (int i = 0; i < READS_PER_BATCH; i++)
+			put_to(&host, host.other_tun, flow[1], ECN_NOT_ECT);
+		HOLDS(encap_turn(host.side, &host.other_queue) == READS_PER_BATCH);
+		HOLDS(!encap_must_wait(host.side, &host.other_queue));
+		take_from(&host, host.wire[1], READS_PER_BATCH);
+		HOLDS(host.out[flow[1]] == host.next[flow[1]]);
+	}
+	put_to(&host, host.other_tun, flow[0], ECN_NOT_ECT);
+	HOLDS(encap_turn(host.side, &host.other_queue) == 1);
+	HOLDS(encap_must_wait(host.side, &host.other_queue));
+	while (host.side->sender.full) {
+		take(&host, 1);
+		encap_flush_full(host.side);
+	}
+	take(&host, PACKETS);
+	HOLDS(host.out[flow[0]] == host.next[flow[0]]);
+	HOLDS(!encap_must_wait(host.side, &host.queue));
+	HOLDS(!encap_must_wait(host.side, &host.other_queue));
+	HOLDS(!host.side->sender.sends && !host.side->sender.pieces);
+	/* Full again of the other queue's packets, which this one has nothing to do with. */
+	encap_go_on(host.side, &host.queue);
+	set_room(host.send[0], 1);
+	for (int i = 0; i < READS_PER_BATCH; i++)
+		put_to(&host, host.other_tun, flow[0], ECN_NOT_ECT);
+	HOLDS(encap_turn(host.side, &host.other_queue) == READS_PER_BATCH);
+	HOLDS(encap_must_wait(host.side, &host.other_queue));
+	HOLDS(!encap_must_wait(host.side, &host.queue));
+	close_host(&host);
+}
+
 /* No full socket can be waited for: what it has no room for is lost, and all later goes on. */
 static void check_no_watches(void)
 {
 	struct host host;
-	int bytes = 1;
 
-	open_host(&host, false);
+	open_host(&host, false, 1);
 	host.side->sender.epoll_fd = -1;
-	setsockopt(host.send, SOL_SOCKET, SO_SNDBUF, &bytes, sizeof(bytes));
+	set_room(host.send[0], 1);
 	for (int i = 0; i < READS_PER_BATCH; i++)
 		put(&host, BULK, ECN_NOT_ECT);
 	turn(&host);
-	HOLDS(!encap_is_blocked(host.side) && !encap_holds(host.side));
+	HOLDS(!host.side->sender.full && !host.side->sender.sends);
 	take(&host, PACKETS);
 	HOLDS(host.left > 0 && host.left < READS_PER_BATCH);
 	HOLDS(host.left + (int)host.side->counters.drops[FP_DROP_SEND_BUFFER] == READS_PER_BATCH);
@@ -348,7 +443,7 @@ static void check_read_error(int err, int drops)
 {
 	struct host host;
 
-	open_host(&host, false);
+	open_host(&host, false, 1);
 	put(&host, BULK, ECN_NOT_ECT);
 	next_readv_error = err;
 	turn(&host);
@@ -364,7 +459,7 @@ static void check_fatal_read_error(void)
 {
 	struct host host;
 
-	open_host(&host, false);
+	open_host(&host, false, 1);
 	next_readv_error = EBADFD;
 	HOLDS(encap_turn(host.side, &host.queue) == -EBADFD);
 	close_host(&host);
@@ -376,7 +471,7 @@ static void check_marks(bool is_alone, bool reads_ahead, uint8_t ecn)
 	struct host host;
 	bool marks = !is_alone && !reads_ahead && ecn != ECN_NOT_ECT;
 
-	open_host(&host, reads_ahead);
+	open_host(&host, reads_ahead, 1);
 	if (!is_alone)
 		make_mixed(&host, ecn);
 	for (int i = 0; i < 3; i++) {
@@ -400,6 +495,7 @@ void check_backlog(void)
 	check_full_wire(true);
 	check_full_wire(false);
 	check_dead_wire();
+	check_other_wire();
 	check_no_watches();
 	check_read_error(EINVAL, 1);
 	check_read_error(EFAULT, 1);
