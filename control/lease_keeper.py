@@ -204,10 +204,14 @@ class LeaseKeeper:
         self._state = LeaseState.RELEASED
         log.info("Lease %s given back", lease.subnet)
 
-    def _hold(self, lease: Lease) -> Lease:
+    def _hold(self, lease: Lease, *, is_contested: bool = False) -> Lease:
         """Take a lease that we wrote just now for our own."""
         self._lease = lease
-        if self._state is not LeaseState.RELEASED:
+        if self._state is LeaseState.RELEASED:
+            pass
+        elif is_contested:
+            self._state = LeaseState.CONTESTED
+        else:
             self._state = LeaseState.HELD if lease.etcd_lease else LeaseState.RESERVED
         self._ends_at = _now() + LEASE_TTL_SECONDS if lease.etcd_lease else None
         self._chance = self._rng.random()
@@ -406,12 +410,10 @@ class LeaseKeeper:
             )
             ours = await self._writer.write(lease.subnet, kv, reservation=reservation)
             if ours is not None:
-                self._hold(ours)
-                if action is Action.PROTEST:
-                    self._state = LeaseState.CONTESTED
-                    return
-                log.info("Allocated lease (%s) to current node", lease.subnet.ipv4)
-                self._quiet()
+                self._hold(ours, is_contested=action is Action.PROTEST)
+                if action is not Action.PROTEST:
+                    log.info("Allocated lease (%s) to current node", lease.subnet.ipv4)
+                    self._quiet()
                 return
             reading = await self._etcd.get(lease_key(self._prefix, lease.subnet))
             self._written, kv = reading.revision, reading.kv

@@ -29,7 +29,7 @@ from pyflannel.control.lease_keeper import (
 from pyflannel.control.lease_list import RECENT_SECONDS, RecentSnapshot
 from pyflannel.control.lease_writer import OwnIdentity
 from pyflannel.control.network_config import NetworkConfig, parse_network_config_untrusted
-from pyflannel.control.own_lease import LeaseState
+from pyflannel.control.own_lease import COPIES_TOLERATED, LeaseState
 from pyflannel.control.subnet_pool import SubnetsExhausted
 from pyflannel.dataplane.route import MacAddress
 from tests.control.until import until
@@ -523,6 +523,29 @@ async def test_a_write_under_way_does_not_take_back_what_a_successor_has(
     assert node.keeper.own.state is LeaseState.RELEASED
     await node.keeper.release()
     assert await entry(etcd, node.key) is not None
+
+
+async def test_a_protest_under_way_does_not_take_back_what_a_successor_has(
+    etcd: Etcd, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node, twin = Node(etcd, prefix), Node(etcd, prefix)
+    await node.keeper.acquire()
+    put_if, replaced = etcd.put_if, list[int]()
+
+    async def put_while_letting_go(*words: Any) -> Any:
+        if CONFLICT in node.reasons.now:
+            replaced.append(node.keeper.own.etcd_lease)
+            node.keeper.let_go()
+        return await put_if(*words)
+
+    monkeypatch.setattr(etcd, "put_if", put_while_letting_go)
+    async with node.running():
+        for _ in range(COPIES_TOLERATED + 1):
+            seen = node.keeper.own.foreign_puts
+            await twin.keeper.acquire()
+            await until(lambda seen=seen: node.keeper.own.foreign_puts > seen)  # type: ignore[misc]
+        await until(lambda: replaced and node.keeper.own.etcd_lease not in replaced)
+    assert node.keeper.own.state is LeaseState.RELEASED
 
 
 @pytest.mark.parametrize("task", ["_renew", "_advertise"])
