@@ -19,7 +19,7 @@ the event, so a lost or repeated event does no harm.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from enum import Flag, auto
 from typing import Union
@@ -153,7 +153,7 @@ def concern(event: HostEvent, used: InUse, is_peers: Callable[[IPNetwork], bool]
     return Concern.NOTHING
 
 
-def diagnose(used: InUse, interfaces: Iterable[Interface]) -> Diagnosis:
+def diagnose(used: InUse, interfaces: Collection[Interface]) -> Diagnosis:
     """Compare what is used with all interfaces as they are now."""
     repair = _device_repair(used, next((x for x in interfaces if x.name == used.device), None))
     interface = _underlay(used, interfaces)
@@ -188,15 +188,17 @@ def diagnose(used: InUse, interfaces: Iterable[Interface]) -> Diagnosis:
     )
 
 
-def _underlay(used: InUse, interfaces: Iterable[Interface]) -> Interface | None:
+def _underlay(used: InUse, interfaces: Collection[Interface]) -> Interface | None:
     """Return what has our address, else the interface of the name, else what that was renamed to.
 
-    The address may have moved, as to a bridge of which the interface has become a port.
+    The address may have moved, as to a bridge of which the interface has become a port. A
+    link-local one may be on several, each its own: a VLAN has that of the interface below.
     """
+    is_followed = not used.address.is_link_local
 
     def likeness(interface: Interface) -> tuple[bool, bool, bool]:
         return (
-            _has(interface, used.address),
+            is_followed and _has(interface, used.address),
             interface.name == used.interface,
             interface.index == used.interface_index,
         )

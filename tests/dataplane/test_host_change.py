@@ -257,6 +257,17 @@ def test_a_link_local_address_is_no_substitute_for_one_that_peers_know() -> None
     assert (moved.repair, moved.address) == (Repair.REBIND, link_local)
 
 
+def test_a_link_local_address_on_another_interface_is_not_ours() -> None:
+    """A VLAN has the MAC of the interface below, and with it the same link-local address."""
+    shared = IPv6Address("fe80::1")
+    used = replace(USED, address=shared, device_address=IPv6Address("fd00::"))
+    vlan = replace(_interface("eth0.5", OTHER, 1500, True), addresses=(_address(shared),))
+    found = _diagnose(used, _interface("eth0", INTERFACE, 1500, True), vlan)
+    assert (found.interface, found.index) == ("eth0", INTERFACE)
+    assert "eth0 has no usable IPv6 address" in found.trouble
+    assert "eth0 is gone" in _diagnose(used, vlan).trouble
+
+
 def _message(kind: int, body: bytes) -> bytes:
     return struct.pack("=IHHII", 16 + len(body), kind, 0, 1, 0) + body
 
