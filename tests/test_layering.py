@@ -23,6 +23,9 @@ PURE = (
     "vtep_identity",
 )
 FOR_CONTROL = {"route", "refusal"}
+# Folders of src/pyflannel; each may import those before it, and what is for all of them.
+COMPOSITION = ("command_line", "management", "node", "commands")
+FOR_ALL = {"etcd_access", "patience"}
 
 
 def _imports(path: Path) -> set[str]:
@@ -38,13 +41,17 @@ def _imports(path: Path) -> set[str]:
     return found
 
 
-FILES = sorted(
-    [*ROOT.glob("control/*.py"), *ROOT.glob("dataplane/*.py"), *ROOT.glob("src/pyflannel/*.py")]
-)
+SOURCE = ROOT / "src/pyflannel"
+FOLDERS = [*(ROOT / plane for plane in PLANES), *(SOURCE / name for name in COMPOSITION), SOURCE]
+FILES = sorted(path for folder in FOLDERS for path in folder.glob("*.py"))
 
 
 def test_the_files_are_found() -> None:
-    assert {path.parent.name for path in FILES} == {*PLANES, "pyflannel"}
+    assert {path.parent for path in FILES} == set(FOLDERS)
+    assert {path.name for path in SOURCE.iterdir() if path.is_dir()} - {"__pycache__"} == {
+        *PLANES,
+        *COMPOSITION,
+    }
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
@@ -62,12 +69,16 @@ def test_layers(path: Path) -> None:
         if path.stem in PURE:
             used = {part for name in imports for part in name.split(".")}
             assert not used & {"asyncio", "grpc", "quiet_grpc", "socket"}, path
+    if path.parent.name in COMPOSITION:
+        below = COMPOSITION[: COMPOSITION.index(path.parent.name) + 1]
+        used = {name.split(".")[0] for name in ours} - {""}
+        assert used <= {*PLANES, *below, *FOR_ALL}, path
     if path.name not in ("fastpath.py", "_fastpath_build.py"):
         assert not any("_fastpath" in name for name in imports), path
 
 
-@pytest.mark.parametrize("folder", [*PLANES, "src/pyflannel"])
-def test_init_is_only_a_map(folder: str) -> None:
-    tree = ast.parse((ROOT / folder / "__init__.py").read_text(encoding="utf-8"))
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_init_is_only_a_map(folder: Path) -> None:
+    tree = ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))
     assert len(tree.body) == 1
     assert ast.get_docstring(tree)

@@ -1,6 +1,7 @@
 """pyflannel-udp: a flannel VXLAN node that needs no kernel vxlan device.
 
-`cli` and `options` read the command line, `flags` and `usage` hold what there is to type, `daemon`
-composes the two planes, `log`, `health` and `notify` tell the operator. The planes are
-`pyflannel.control` and `pyflannel.dataplane`.
+`cli` is the command, `daemon` composes the two planes, `pyflannel.control` and
+`pyflannel.dataplane`. Each folder uses only those named before it: `command_line` (what there is
+to type), `management` (how a daemon tells), `node` (the parts of a running one), `commands` (what
+an operator asks, and gets told). `etcd_access` and `patience` are for all of them.
 """

@@ -18,10 +18,16 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 
-from pyflannel import completion, docker_opts, manual, show
+from pyflannel.command_line import completion, manual
+from pyflannel.command_line.options import (
+    HelpRequested,
+    UsageError,
+    VersionRequested,
+    parse_options,
+)
+from pyflannel.commands import docker_opts, show
 from pyflannel.dataplane.refusal import Refusal, too_few_descriptors
-from pyflannel.log import set_up_log
-from pyflannel.options import HelpRequested, UsageError, VersionRequested, parse_options
+from pyflannel.management.log import set_up_log
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +41,7 @@ _M_ARENA_MAX = -8  # malloc.h
 
 def _doctor(argv: Sequence[str]) -> int:
     # It needs the compiled fast path, which the others do not.
-    from pyflannel.doctor import main
+    from pyflannel.commands.doctor import main
 
     return main(argv)
 

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from pyflannel import metrics, status
+from pyflannel.command_line.options import Options, unserved_flags
 from pyflannel.control.etcd import Etcd
 from pyflannel.control.family_routes import Place
 from pyflannel.control.lease import Lease
@@ -38,33 +38,33 @@ from pyflannel.control.subnet_file import (
     write_subnet_file,
 )
 from pyflannel.control.together import until_one_ends
-from pyflannel.control_socket import ControlServer, socket_path
 from pyflannel.dataplane.inheritance import Inheritance
 from pyflannel.dataplane.netlink import Netlink
 from pyflannel.dataplane.refusal import Refusal
 from pyflannel.dataplane.route import IPAddress
 from pyflannel.etcd_access import etcd_client
-from pyflannel.first_reads import read_config
-from pyflannel.health import STARTING, HealthServer
-from pyflannel.host_watch import HostWatch
-from pyflannel.node import Node
-from pyflannel.notify import notify
-from pyflannel.options import Options, unserved_flags
-from pyflannel.overlay import Overlay
-from pyflannel.overlays import Overlays
-from pyflannel.predecessor import NoPredecessor, Predecessor
-from pyflannel.pulse import watch_pulse
-from pyflannel.reload import follow_config, reload_when_told
-from pyflannel.suspects import report_suspects
-from pyflannel.takeover import Handover
-from pyflannel.traffic import Traffic
-from pyflannel.underlying import (
+from pyflannel.management.control_socket import ControlServer, socket_path
+from pyflannel.management.health import STARTING, HealthServer
+from pyflannel.management.notify import notify
+from pyflannel.node import metrics, status
+from pyflannel.node.first_reads import read_config
+from pyflannel.node.host_watch import HostWatch
+from pyflannel.node.overlay import Overlay
+from pyflannel.node.overlays import Overlays
+from pyflannel.node.parts import Node
+from pyflannel.node.predecessor import NoPredecessor, Predecessor
+from pyflannel.node.pulse import watch_pulse
+from pyflannel.node.reload import follow_config, reload_when_told
+from pyflannel.node.suspects import report_suspects
+from pyflannel.node.takeover import Handover
+from pyflannel.node.traffic import Traffic
+from pyflannel.node.underlying import (
     choose_underlay,
     device_name,
     remove_idle_devices,
     remove_kernel_device,
 )
-from pyflannel.vtep_mac import own_vtep_mac
+from pyflannel.node.vtep_mac import own_vtep_mac
 
 log = logging.getLogger(__name__)
 

@@ -7,11 +7,11 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
+from pyflannel.command_line.options import Options
 from pyflannel.control.etcd import Etcd
 from pyflannel.control.etcd_fault import EtcdUnavailable
 from pyflannel.control.etcd_tls import EtcdTls
 from pyflannel.dataplane.refusal import Refusal
-from pyflannel.options import Options
 
 T = TypeVar("T")
 

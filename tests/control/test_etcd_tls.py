@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import trustme
 
+from pyflannel.command_line.options import parse_options
 from pyflannel.control import etcd_connection
 from pyflannel.control.etcd import Etcd
 from pyflannel.control.etcd_fault import EtcdRejected, EtcdUnavailable
@@ -24,9 +25,8 @@ from pyflannel.control.etcd_session import REFUSED_SECONDS, SessionState
 from pyflannel.control.etcd_tls import EtcdTls
 from pyflannel.dataplane.refusal import Refusal
 from pyflannel.etcd_access import etcd_client
-from pyflannel.node import Node
-from pyflannel.options import parse_options
-from pyflannel.reload import reload_when_told
+from pyflannel.node.parts import Node
+from pyflannel.node.reload import reload_when_told
 from tests.lab.etcd import EtcdCluster, etcd_on_loopback
 
 SOON_SECONDS = REFUSED_SECONDS / 2

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from pyflannel import control_socket
-from pyflannel.control_socket import ControlServer, ask, find_socket, socket_path
 from pyflannel.dataplane.refusal import Refusal
+from pyflannel.management import control_socket
+from pyflannel.management.control_socket import ControlServer, ask, find_socket, socket_path
 from tests.lab.require import require_root
 
 LARGE = 1 << 20

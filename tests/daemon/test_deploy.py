@@ -6,7 +6,7 @@ import re
 import subprocess
 from pathlib import Path
 
-from pyflannel.flags import FLAGS
+from pyflannel.command_line.flags import FLAGS
 from tests.lab.require import require_program
 
 DEPLOY = Path(__file__).parent.parent.parent / "deploy"

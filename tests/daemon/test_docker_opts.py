@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pyflannel.cli import main
-from pyflannel.docker_opts import gateway_of
+from pyflannel.commands.docker_opts import gateway_of
 
 SUBNET_ENV = (
     "FLANNEL_NETWORK=10.244.0.0/16\nFLANNEL_SUBNET=10.244.35.1/24\n"

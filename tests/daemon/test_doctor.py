@@ -21,9 +21,9 @@ from typing import Any
 import pytest
 import trustme
 
+from pyflannel.commands.doctor_cluster import check_leases
 from pyflannel.control.lease import text_of
 from pyflannel.control.lease_list import LeaseList
-from pyflannel.doctor_cluster import check_leases
 from tests.lab.hosts import (
     ETCD_PORT,
     LONE_MEMBER,

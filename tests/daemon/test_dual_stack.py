@@ -22,10 +22,10 @@ from scapy.layers.inet import UDP
 from scapy.layers.inet6 import IPv6
 from scapy.layers.l2 import Ether
 
-from pyflannel import doctor_host
+from pyflannel.commands import doctor_host
+from pyflannel.commands.echo import echo
 from pyflannel.dataplane import sysctl
 from pyflannel.dataplane.route import IPAddress
-from pyflannel.echo import echo
 from tests.lab.hosts import (
     ETCD_PORT,
     NETWORK,

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from pyflannel import health
 from pyflannel.dataplane.inheritance import Inheritance
 from pyflannel.dataplane.refusal import Refusal
-from pyflannel.health import HealthServer, Readiness
-from pyflannel.notify import notify
+from pyflannel.management import health
+from pyflannel.management.health import HealthServer, Readiness
+from pyflannel.management.notify import notify
 
 
 @pytest.fixture

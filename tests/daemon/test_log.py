@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from pyflannel.log import set_up_log
+from pyflannel.management.log import set_up_log
 
 log = logging.getLogger("pyflannel.test")
 

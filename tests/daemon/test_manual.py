@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from pyflannel import cli
-from pyflannel.flags import FLAGS
-from pyflannel.usage import SUBCOMMANDS
+from pyflannel.command_line.flags import FLAGS
+from pyflannel.command_line.usage import SUBCOMMANDS
 from tests.lab.require import require_program
 
 COMPLETE = """

@@ -31,8 +31,8 @@ from pyflannel.dataplane.fastpath import (
 )
 from pyflannel.dataplane.offload import Offload
 from pyflannel.dataplane.route import MacAddress, Route, Vni
-from pyflannel.metrics import Device, Snapshot, render
-from pyflannel.overlay import KERNEL_DROPS
+from pyflannel.node.metrics import Device, Snapshot, render
+from pyflannel.node.overlay import KERNEL_DROPS
 from tests.lab.hosts import Host, Lab, container_address, freeze, lab, ping, wait_until
 from tests.lab.require import require_program, require_root
 

@@ -13,9 +13,8 @@ from pathlib import Path
 import pytest
 
 from pyflannel import cli
-from pyflannel.dataplane.refusal import Refusal
-from pyflannel.flags import FLAGS, Flag
-from pyflannel.options import (
+from pyflannel.command_line.flags import FLAGS, Flag
+from pyflannel.command_line.options import (
     HelpRequested,
     Options,
     UsageError,
@@ -23,7 +22,8 @@ from pyflannel.options import (
     parse_options,
     unserved_flags,
 )
-from pyflannel.usage import SUBCOMMANDS, WIDTH, help_text
+from pyflannel.command_line.usage import SUBCOMMANDS, WIDTH, help_text
+from pyflannel.dataplane.refusal import Refusal
 
 VALUED = [flag for flag in FLAGS if flag.name != "version" and not flag.is_boolean]
 BOOLEAN = [flag for flag in FLAGS if flag.name != "version" and flag.is_boolean]

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyflannel.dataplane.route import IPAddress, IPNetwork
-from pyflannel.route_writer import RouteWriter
+from pyflannel.node.route_writer import RouteWriter
 
 SUBNETS = [IPv4Network(f"10.5.{n}.0/24") for n in range(3)]
 HOSTS = [IPv4Address(f"192.0.2.{n}") for n in range(2)]

@@ -69,7 +69,8 @@ def _command(host: Host, *words: str) -> tuple[int, str, str]:
 
 NOBODY = """\
 import os, sys
-from pyflannel import cli, show  # while Python's own files may be read
+from pyflannel import cli
+from pyflannel.commands import show  # while Python's own files may be read
 os.setgroups([]), os.setgid(65534), os.setuid(65534)
 sys.exit(cli.main(sys.argv[1:]))
 """

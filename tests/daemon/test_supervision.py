@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from pyflannel.notify import notify
-from pyflannel.pulse import watchdog_seconds
+from pyflannel.management.notify import notify
+from pyflannel.node.pulse import watchdog_seconds
 from tests.lab.hosts import CONFIG, PREFIX, Host, Lab, freeze, lab, wait_until
 from tests.lab.require import require_program, require_root
 

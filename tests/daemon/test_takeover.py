@@ -23,13 +23,13 @@ from pathlib import Path
 
 import pytest
 
+from pyflannel.command_line.options import parse_options
 from pyflannel.control.lease import KeyValue
 from pyflannel.control.lease_keeper import LeaseKeeper
 from pyflannel.dataplane.refusal import Refusal
-from pyflannel.node import Node
-from pyflannel.options import parse_options
-from pyflannel.overlay import Overlay
-from pyflannel.takeover import Handover
+from pyflannel.node.overlay import Overlay
+from pyflannel.node.parts import Node
+from pyflannel.node.takeover import Handover
 from tests.lab.flows import flows
 from tests.lab.hosts import (
     DEADLINE_SECONDS,

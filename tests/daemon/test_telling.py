@@ -10,14 +10,14 @@ from typing import cast
 
 import pytest
 
-from pyflannel import suspects
 from pyflannel.control.lease import KeyValue, parse_lease_untrusted
 from pyflannel.dataplane.fastpath import (
     Context,
     Suspect,
 )
 from pyflannel.dataplane.route import MacAddress
-from pyflannel.suspects import describe, report_suspects
+from pyflannel.node import suspects
+from pyflannel.node.suspects import describe, report_suspects
 
 NETWORK = IPv4Network("10.5.0.0/16")
 MAC = MacAddress.parse("02:00:00:00:00:01")

@@ -23,9 +23,9 @@ from pathlib import Path
 import pytest
 
 import pyflannel
-from pyflannel.flags import FLAGS
-from pyflannel.host_watch import HOST, HOST_V6
-from pyflannel.usage import SUBCOMMANDS
+from pyflannel.command_line.flags import FLAGS
+from pyflannel.command_line.usage import SUBCOMMANDS
+from pyflannel.node.host_watch import HOST, HOST_V6
 from tests.docs.page import Block, blocks
 from tests.lab.etcd import EtcdCluster
 from tests.lab.machine import ROOT, Machine, start_machines

@@ -30,8 +30,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from pyflannel.control_socket import ask
 from pyflannel.dataplane.route import IPAddress
+from pyflannel.management.control_socket import ask
 
 ETCD_PORT = 2379
 PREFIX = "/coreos.com/network"
