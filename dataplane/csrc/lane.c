@@ -62,6 +62,8 @@ int lane_move(struct lane *from, struct lane *to, struct source *source)
 	err = watch(from, EPOLL_CTL_DEL, source, 0);
 	if (err)
 		return err;
+	if (source->queue)
+		source->queue->full = 0;
 	from->has[source->number] = false;
 	from->held--;
 	source->packets = 0;

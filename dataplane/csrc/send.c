@@ -429,8 +429,10 @@ static bool park(struct sender *sender, struct send *send)
 	return true;
 }
 
-/** sender_park() - Let the memory that datagrams of full sockets lie in be used anew. Return:
- * false when there is too little of it for that
+/**
+ * sender_park() - Let the memory that datagrams of full sockets lie in be used anew
+ *
+ * Return: false when there is none to move them to
  */
 bool sender_park(struct sender *sender)
 {
