@@ -349,22 +349,30 @@ static void flush_socket(struct sender *sender, unsigned int index)
 	unblock(sender, index);
 }
 
+/* Whether nothing is left of any of these sockets, a bit each. */
+static bool are_idle(const struct sender *sender, uint64_t sockets)
+{
+	for (unsigned int i = 0; i < sender->sockets; i++) {
+		if ((sockets & BIT(i)) && room_left(sender->socket[i].fd))
+			return false;
+	}
+	return true;
+}
+
 /* Full sockets may have room again: see whether it is what they need. */
 static void adapt_rooms(struct sender *sender)
 {
-	bool is_idle = true;
+	/* A full one has something left as a rule, which spares asking the others. */
+	bool is_idle = are_idle(sender, sender->full) && are_idle(sender, ~sender->full);
 	uint64_t now = now_ns();
 
-	for (unsigned int i = 0; is_idle && i < sender->sockets; i++)
-		is_idle = !room_left(sender->socket[i].fd);
 	if (!is_idle)
 		sender->slow_at = now;
 	for (unsigned int i = 0; i < sender->sockets; i++) {
 		struct send_socket *socket = &sender->socket[i];
 
 		if (sender->full & BIT(i))
-			room_adapt(&socket->room, socket->fd, is_idle,
-				   now - socket->full_at >= ROOM_LATE_NS);
+			room_adapt(&socket->room, socket->fd, is_idle, now - socket->full_at);
 	}
 }
 
