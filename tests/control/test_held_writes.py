@@ -80,7 +80,7 @@ async def proxy(cluster: EtcdCluster) -> AsyncIterator[Proxy]:
 async def client(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Etcd]:
     """A client behind the proxy, of little patience."""
     for name in ("etcd_connection.PATIENCE_MAX", "etcd_connection.REQUEST"):
-        monkeypatch.setattr(f"pyflannel.control.{name}_SECONDS", 1.0)
+        monkeypatch.setattr(f"pyflannel.control.{name}_SECONDS", 2.0)
     for module in (lease_writer.__name__, "pyflannel.control.lease_keeper"):
         monkeypatch.setattr(f"{module}.RETRY_SECONDS", 0.01)
     monkeypatch.setattr("pyflannel.control.lease_keeper.RENEW_CHECK_SECONDS", 0.01)
