@@ -41,8 +41,8 @@ from pyflannel.control.own_lease import (
     judge,
     seconds_to_renewal,
 )
+from pyflannel.control.patience import until_one_ends, within
 from pyflannel.control.subnet_pool import SubnetsExhausted
-from pyflannel.control.together import until_one_ends
 from pyflannel.dataplane.route import IPAddress, MacAddress
 
 log = logging.getLogger(__name__)
@@ -196,7 +196,7 @@ class LeaseKeeper:
             return
         try:
             # Only what is attached to the etcd lease goes with it: never a key others wrote.
-            await asyncio.wait_for(self._etcd.revoke(lease.etcd_lease), RELEASE_SECONDS)
+            await within(RELEASE_SECONDS, self._etcd.revoke(lease.etcd_lease))
         except (EtcdUnavailable, asyncio.TimeoutError) as error:
             why = str(error) or "etcd does not answer in time"
             log.warning("lease %s is not given back, it ends by itself: %s", lease.subnet, why)

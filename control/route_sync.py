@@ -23,7 +23,7 @@ from pyflannel.control.history import History
 from pyflannel.control.lease import KeyValue, config_key, subnets_prefix
 from pyflannel.control.lease_list import SnapshotReader, snapshot_reader
 from pyflannel.control.lease_table import LeaseTable
-from pyflannel.control.together import until_one_ends
+from pyflannel.control.patience import until_one_ends
 from pyflannel.dataplane.route import RouteChange
 
 log = logging.getLogger(__name__)

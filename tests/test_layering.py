@@ -25,7 +25,7 @@ PURE = (
 FOR_CONTROL = {"route", "refusal"}
 # Folders of src/pyflannel; each may import those before it, and what is for all of them.
 COMPOSITION = ("command_line", "management", "node", "commands")
-FOR_ALL = {"etcd_access", "patience"}
+FOR_ALL = {"etcd_access"}
 
 
 def _imports(path: Path) -> set[str]:

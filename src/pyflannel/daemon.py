@@ -30,6 +30,7 @@ from pyflannel.control.lease_list import RecentSnapshot, SnapshotReader
 from pyflannel.control.lease_table import LeaseTable
 from pyflannel.control.lease_writer import OwnIdentity
 from pyflannel.control.network_config import NetworkConfig
+from pyflannel.control.patience import until_one_ends
 from pyflannel.control.route_sync import RouteSync
 from pyflannel.control.subnet_file import (
     SubnetFile,
@@ -37,7 +38,6 @@ from pyflannel.control.subnet_file import (
     read_previous_subnet,
     write_subnet_file,
 )
-from pyflannel.control.together import until_one_ends
 from pyflannel.dataplane.inheritance import Inheritance
 from pyflannel.dataplane.netlink import Netlink
 from pyflannel.dataplane.refusal import Refusal

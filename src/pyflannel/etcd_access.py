@@ -11,6 +11,7 @@ from pyflannel.command_line.options import Options
 from pyflannel.control.etcd import Etcd
 from pyflannel.control.etcd_fault import EtcdUnavailable
 from pyflannel.control.etcd_tls import EtcdTls
+from pyflannel.control.patience import within
 from pyflannel.dataplane.refusal import Refusal
 
 T = TypeVar("T")
@@ -33,7 +34,7 @@ async def ask_etcd(options: Options, question: Callable[[Etcd], Awaitable[T]], s
     etcd = etcd_client(options)
     why = f"no answer in {seconds:.0f} s"
     try:
-        return await asyncio.wait_for(question(etcd), seconds)
+        return await within(seconds, question(etcd))
     except EtcdUnavailable as error:
         why = str(error)
     except asyncio.TimeoutError:

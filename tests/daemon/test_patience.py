@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from pyflannel.patience import wait_for_event, within
+from pyflannel.control.patience import wait_for_event, within
 
 TURNS = 12
 """Of the event loop: more than any of the waits takes to end."""

@@ -27,8 +27,8 @@ from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from pyflannel.control.patience import within
 from pyflannel.dataplane.refusal import Refusal
-from pyflannel.patience import within
 
 log = logging.getLogger(__name__)
 

@@ -7,10 +7,10 @@ import logging
 import socket
 from collections.abc import Awaitable, Callable, Mapping
 
+from pyflannel.control.patience import within
 from pyflannel.dataplane.inheritance import Inheritance
 from pyflannel.dataplane.refusal import Refusal
 from pyflannel.management.notify import notify
-from pyflannel.patience import within
 
 log = logging.getLogger(__name__)
 

@@ -17,6 +17,7 @@ from dataclasses import replace
 
 from pyflannel.control.lease_keeper import Readiness
 from pyflannel.control.lease_table import LeaseTable
+from pyflannel.control.patience import wait_for_event
 from pyflannel.dataplane.host_change import (
     EVERYTHING,
     Concern,
@@ -32,7 +33,6 @@ from pyflannel.dataplane.netlink import Netlink
 from pyflannel.dataplane.refusal import Refusal
 from pyflannel.dataplane.route import IPAddress
 from pyflannel.node.overlay import Overlay
-from pyflannel.patience import wait_for_event
 
 log = logging.getLogger(__name__)
 

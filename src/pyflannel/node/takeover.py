@@ -32,12 +32,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from pyflannel.control.lease import KeyValue
+from pyflannel.control.patience import within
 from pyflannel.dataplane.offload import NO_OFFLOAD, Offload, parse_offload
 from pyflannel.dataplane.refusal import Refusal
 from pyflannel.management.health import STARTING
 from pyflannel.management.notify import notify
 from pyflannel.node.parts import Node
-from pyflannel.patience import within
 
 log = logging.getLogger(__name__)
 

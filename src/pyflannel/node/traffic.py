@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pyflannel.command_line.options import Options
+from pyflannel.control.patience import wait_for_event
 from pyflannel.dataplane.firewall import LOCK, Firewall, FirewallError, Iptables, Nftables
 from pyflannel.dataplane.firewall_watch import (
     iptables_interest,
@@ -25,7 +26,6 @@ from pyflannel.dataplane.netlink import Netlink
 from pyflannel.dataplane.refusal import Refusal
 from pyflannel.dataplane.route import IPNetwork
 from pyflannel.dataplane.traffic_rules import TrafficRules, traffic_rules
-from pyflannel.patience import wait_for_event
 
 log = logging.getLogger(__name__)
 

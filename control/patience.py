@@ -1,4 +1,4 @@
-"""Waits for an event or for time to pass, in loops that must end when they are cancelled.
+"""Waits for an event, for time to pass or for one of several to end, and ends when cancelled.
 
 Not by `asyncio.wait_for`: before Python 3.12 it loses a cancellation that comes together with what
 is waited for, and the loop goes on.
@@ -7,8 +7,8 @@ is waited for, and the loop goes on.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
-from typing import Any, TypeVar
+from collections.abc import Awaitable
+from typing import TypeVar
 
 T = TypeVar("T")
 
@@ -23,7 +23,7 @@ async def wait_for_event(event: asyncio.Event, seconds: float) -> bool:
     return event.is_set()
 
 
-async def within(seconds: float, work: Coroutine[Any, Any, T]) -> T:
+async def within(seconds: float, work: Awaitable[T]) -> T:
     """Return what the work gives; asyncio.TimeoutError when it takes longer, and it has ended."""
     task = asyncio.ensure_future(work)
     try:
@@ -35,3 +35,16 @@ async def within(seconds: float, work: Coroutine[Any, Any, T]) -> T:
         task.cancel()
         # What it works on may be closed next.
         await asyncio.gather(task, return_exceptions=True)
+
+
+async def until_one_ends(*work: Awaitable[None]) -> None:
+    """Run all until one ends, end the others, and raise what it raised: none fails unseen."""
+    tasks = [asyncio.ensure_future(x) for x in work]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
