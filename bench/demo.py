@@ -19,8 +19,8 @@ from tests.lab.hosts import (
     container_address,
     is_reached,
     lab,
-    wait_until,
 )
+from tests.lab.iperf import serve_iperf3
 from tests.lab.kernel_node import program_kernel_node, start_kernel_node
 
 KERNEL_SUBNET = IPv4Network("10.244.200.0/24")
@@ -96,8 +96,7 @@ def add_yardstick(made: Lab) -> None:
 def throughput(made: Lab, target: IPv4Address, flags: tuple[str, ...]) -> float:
     """Return Gbit/s from the first host to the second by iperf3."""
     source, sink = made.hosts[:2]
-    server = sink.start("iperf3", "-s", "-1", log=made.folder / "iperf3.log")
-    wait_until(lambda: ":5201" in sink.exec("ss", "-ltn"), "iperf3 listens")
+    server = serve_iperf3(sink, made.folder / "iperf3.log", "-1")
     report = json.loads(source.exec("iperf3", "-J", "-c", str(target), "-t", SECONDS, *flags))
     sink.processes[server].wait(10)
     return float(report["end"]["sum_received"]["bits_per_second"]) / 1e9

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from bench.openvswitch import start_openvswitch
 from tests.lab.hosts import UNDERLAYS, Host, Lab, ping, run, wait_until
+from tests.lab.iperf import serve_iperf3
 from tests.lab.kernel_node import program_kernel_node, start_kernel_node
 
 BENCH = Path(__file__).parent
@@ -113,8 +114,7 @@ def build(variant: Variant, mode: str) -> Stack:
         made.start_switch()
         made.cable(made.add_host(), made.add_host())
         stack = Stack(variant, made, KINDS[variant.kind](made, variant))
-        stack.sink.start("iperf3", "-s", log=made.folder / "iperf3.log")
-        wait_until(lambda: ":5201" in stack.sink.exec("ss", "-ltn"), "iperf3 listens")
+        serve_iperf3(stack.sink, made.folder / "iperf3.log")
         wait_until(lambda: ping(stack.source, stack.target), f"{variant.name} carries a ping")
     except (AssertionError, RuntimeError) as error:
         made.close()

@@ -15,6 +15,7 @@ from ipaddress import IPv4Network
 import pytest
 
 from tests.lab.hosts import UNDERLAYS, Host, Lab, ping, wait_until
+from tests.lab.iperf import serve_iperf3
 from tests.lab.kernel_node import program_kernel_node, start_kernel_node
 from tests.lab.require import require_program, require_root
 
@@ -48,16 +49,11 @@ def made() -> Iterator[Lab]:
         start_kernel_node(made, fast, FAST, "0a:00:00:00:00:04")
         for host in (slow, fast):
             program_kernel_node(made, host)
-            host.start("iperf3", "-s", log=made.folder / f"iperf3-{host.name}.log")
+            serve_iperf3(host, made.folder / f"iperf3-{host.name}.log")
         wait_until(lambda: all(ping(ours, x[0]) for x in (SLOW, FAST)), "both are reached")
-        wait_until(lambda: all(_listens(host) for host in (slow, fast)), "iperf3 listens")
         yield made
     finally:
         made.close()
-
-
-def _listens(host: Host) -> bool:
-    return ":5201" in host.exec("ss", "-ltn")
 
 
 def _fill(made: Lab, *flags: str) -> Host:
@@ -67,7 +63,9 @@ def _fill(made: Lab, *flags: str) -> Host:
     host.start("iperf3", "-c", str(SLOW[0]), "-t", "60", *flags, log=host.folder / "iperf3.log")
     # fmt: on
     wait_until(lambda: _queue(host)[0] > 0, "the link is full")
-    time.sleep(1)  # until the window has grown
+    # As much as the link takes in a second.
+    before = _queue(host)[1]
+    wait_until(lambda: _queue(host)[1] - before > RATE / 8, "the window has grown")
     return host
 
 

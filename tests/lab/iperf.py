@@ -10,6 +10,13 @@ from pyflannel.dataplane.route import IPAddress
 from tests.lab.hosts import DEADLINE_SECONDS, Namespace, wait_until
 
 
+def serve_iperf3(sink: Namespace, log: Path, *flags: str) -> int:
+    """Start a server, which listens when this returns; return its number, for `stop`."""
+    server = sink.start("iperf3", "-s", *flags, log=log)
+    wait_until(lambda: ":5201" in sink.exec("ss", "-ltn"), "iperf3 listens")
+    return server
+
+
 def iperf3(
     source: Namespace, sink: Namespace, address: IPAddress, folder: Path, *flags: str
 ) -> dict[str, Any]:
@@ -18,8 +25,7 @@ def iperf3(
     `unread` is added to them.
     """
     before = _unread(source) + _unread(sink)
-    server = sink.start("iperf3", "-s", "-1", log=folder / "iperf3.log")
-    wait_until(lambda: ":5201" in sink.exec("ss", "-ltn"), "iperf3 listens")
+    server = serve_iperf3(sink, folder / "iperf3.log", "-1")
     report = source.exec("iperf3", "-J", "-c", str(address), "-t", "1", *flags)
     sink.processes[server].wait(DEADLINE_SECONDS)
     end: dict[str, Any] = json.loads(report)["end"]
