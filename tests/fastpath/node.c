@@ -8,14 +8,14 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-static int udp_socket(struct sockaddr_in *address)
+int udp_socket(struct sockaddr_in *address, uint32_t host)
 {
 	socklen_t length = sizeof(*address);
 	int fd = socket(AF_INET, SOCK_DGRAM | SOCK_NONBLOCK, 0);
 	int bytes = 4 << 20;
 
 	*address = (struct sockaddr_in) { .sin_family = AF_INET };
-	address->sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+	address->sin_addr.s_addr = htonl(INADDR_LOOPBACK + host);
 	setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &bytes, sizeof(bytes));
 	HOLDS(fd >= 0 && bind(fd, (struct sockaddr *)address, sizeof(*address)) == 0);
 	HOLDS(getsockname(fd, (struct sockaddr *)address, &length) == 0);
@@ -39,8 +39,8 @@ void open_node(struct node *node, uint8_t number, int offload)
 	HOLDS(socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_NONBLOCK, 0, node->tun) == 0);
 	for (int i = 0; i < 2; i++)
 		setsockopt(node->tun[i], SOL_SOCKET, SO_SNDBUF, &bytes, sizeof(bytes));
-	node->receive = udp_socket(&node->address);
-	node->send = udp_socket(&unused);
+	node->receive = udp_socket(&node->address, 0);
+	node->send = udp_socket(&unused, 0);
 	if (offload & GRO)
 		HOLDS(setsockopt(node->receive, IPPROTO_UDP, UDP_GRO, &one, sizeof(one)) == 0);
 	node->ctx = fp_ctx_new(&config);

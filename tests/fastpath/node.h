@@ -22,6 +22,9 @@ struct node {
 	struct sockaddr_in address;
 };
 
+/* Open a socket of the @host-th address behind that of loopback, and tell its own. */
+int udp_socket(struct sockaddr_in *address, uint32_t host);
+
 void open_node(struct node *node, uint8_t number, int offload);
 void close_node(struct node *node);
 void route_to(struct node *node, uint8_t number, const struct node *peer);
