@@ -412,18 +412,25 @@ bool sender_is_full(const struct sender *sender, uint32_t flow)
 	return sender->full & BIT(socket_of(sender, flow));
 }
 
+/* Bytes of all datagrams of a send. */
+static size_t length_of(const struct sender *sender, const struct send *send)
+{
+	size_t length = 0;
+
+	for (int i = send->first; i >= 0; i = sender->piece[i].next)
+		length += sender->piece[i].length;
+	return length;
+}
+
 /* Put what a send has into one piece of memory of its own. Return: false without memory */
 static bool park(struct sender *sender, struct send *send)
 {
 	struct piece *first = &sender->piece[send->first];
 	size_t length = 0;
 
-	for (int i = send->first; i >= 0; i = sender->piece[i].next)
-		length += sender->piece[i].length;
-	send->parked = malloc(length);
+	send->parked = malloc(length_of(sender, send));
 	if (!send->parked)
 		return false;
-	length = 0;
 	for (int i = send->first; i >= 0; i = sender->piece[i].next) {
 		memcpy(send->parked + length, sender->piece[i].start, sender->piece[i].length);
 		length += sender->piece[i].length;
@@ -594,11 +601,8 @@ size_t sender_left(const struct sender *sender)
 /* Bytes of a send that are not out, without those that encapsulation pushes. */
 static size_t bytes_left(const struct sender *sender, const struct send *send)
 {
-	size_t bytes = 0;
-
-	for (int i = send->first; i >= 0; i = sender->piece[i].next)
-		bytes += sender->piece[i].length;
-	return bytes - send->sent * send->size - (send->datagrams - send->sent) * PUSH;
+	return length_of(sender, send) - send->sent * send->size -
+	       (send->datagrams - send->sent) * PUSH;
 }
 
 /**
