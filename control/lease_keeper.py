@@ -207,12 +207,9 @@ class LeaseKeeper:
     def _hold(self, lease: Lease, *, is_contested: bool = False) -> Lease:
         """Take a lease that we wrote just now for our own."""
         self._lease = lease
-        if self._state is LeaseState.RELEASED:
-            pass
-        elif is_contested:
-            self._state = LeaseState.CONTESTED
-        else:
-            self._state = LeaseState.HELD if lease.etcd_lease else LeaseState.RESERVED
+        if self._state is not LeaseState.RELEASED:
+            held = LeaseState.HELD if lease.etcd_lease else LeaseState.RESERVED
+            self._state = LeaseState.CONTESTED if is_contested else held
         self._ends_at = _now() + LEASE_TTL_SECONDS if lease.etcd_lease else None
         self._chance = self._rng.random()
         self._written = lease.mod_revision
