@@ -1,4 +1,4 @@
-"""`python -m bench`: compare variants in turns and print ratios to the kernel's vxlan device."""
+"""`python -m bench`: compare variants in turns and print ratios, to the kernel's vxlan device."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bench.cases import CASES, what_lacks
 from bench.counters import read_counters
 from bench.machine import describe, wait_for_quiet
 from bench.program import begin, positive, run_program, say
-from bench.records import Record, Run
+from bench.records import BASELINE, Record, Run
 from bench.suites import QUICK, SUITES, Suite
 from bench.transfer import transfer_is_intact
 from bench.variants import (
@@ -49,24 +49,26 @@ def arguments() -> argparse.Namespace:
                         help=f"what to compare: {', '.join(VARIANTS)}, or a name of your own for "
                         "other flags or another checkout: 'w0=--workers=0' 'before@../old' "
                         "'short:null=--queue=64'")
+    parser.add_argument("--baseline", metavar="NAME",
+                        help="the variant that the others are compared with (kernel)")
     parser.add_argument("--mode", nargs="+", choices=UNDERLAYS, help="underlays (wire-nocsum)")
     parser.add_argument("--rounds", type=positive, default=5, help="rounds in turns (5)")
     parser.add_argument("--seconds", type=positive, help="length of a sample (4; quick 2)")
     parser.add_argument("--ours-flags", default="", help="flags for every pyflannel-udp")
     parser.add_argument("--output", type=Path,
-                        help="folder for results.json, results.md and plots (bench/results; quick: "
-                        "none)")
+                        help="folder for results.json, results.md and plots (suites: bench/results; "
+                        "else none)")
     # fmt: on
     given = parser.parse_args()
     given.suites = chosen_suites(given)
     try:
-        for suite in given.suites:
-            for text in suite.variants:
-                parse_variant(text)
+        names = {parse_variant(text).name for suite in given.suites for text in suite.variants}
     except ValueError as error:
         parser.error(str(error))
+    if given.baseline and given.baseline not in names:
+        parser.error(f"{given.baseline!r} is not compared; there are {', '.join(sorted(names))}")
     given.seconds = given.seconds or (2 if given.quick else 4)
-    given.output = given.output or (None if given.quick else RESULTS)
+    given.output = given.output or (None if given.suites[0].name == QUICK.name else RESULTS)
     return given
 
 
@@ -92,7 +94,7 @@ class Bench:
     def __init__(self, given: argparse.Namespace) -> None:
         self._given = given
         self._common = tuple(shlex.split(given.ours_flags))
-        self.run = Run(describe(), given.seconds)
+        self.run = Run(describe(), given.seconds, baseline=given.baseline or BASELINE)
         self._done = 0
         self._total = sum(
             len(suite.modes) * given.rounds * len(suite.cases) * len(suite.variants)

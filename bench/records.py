@@ -8,6 +8,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 
+BASELINE = "kernel"
+
+
 @dataclass(frozen=True, slots=True)
 class Metric:
     """A number of a case: its unit, and whether more of it is better."""
@@ -44,12 +47,16 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """All records of one invocation; `absent`: what could not be measured, and why."""
+    """All records of one invocation.
+
+    `absent`: what could not be measured, and why; `baseline`: the variant of the ratios.
+    """
 
     machine: dict[str, str]
     seconds: float
     records: list[Record] = field(default_factory=list)
     absent: list[str] = field(default_factory=list)
+    baseline: str = BASELINE
 
     def save(self, path: Path) -> None:
         """Write as JSON, whole or not at all."""

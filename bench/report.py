@@ -12,12 +12,6 @@ from bench.records import METRICS, Record, Run, Table
 from bench.suites import QUICK, SUITES
 from bench.summary import paired_ratio, spread
 
-BASELINE = "kernel"
-LEGEND = (
-    f"Medians; (lowest..highest), or xRATIO to `{BASELINE}` as the median of the rounds' ratios "
-    "[95 % interval]. More is better for +, less for -."
-)
-
 
 def number(value: float) -> str:
     """Format with three or more digits, never with an exponent."""
@@ -44,17 +38,17 @@ def _cell(values: dict[int, float], baseline: dict[int, float]) -> str:
     return f"{number(seen.median)} x{ratio.median:.2f}{interval}"
 
 
-def cells(table: Table) -> list[list[str]]:
-    """Return a table's lines, the head first."""
+def cells(table: Table, baseline: str) -> list[list[str]]:
+    """Return a table's lines, the head first, with ratios to the variant `baseline`."""
     lines = [["", *table.variants]]
     for case, name in table.rows:
         metric = METRICS[name]
-        base = table.series(case, name, BASELINE)
+        base = table.series(case, name, baseline)
         title = f"{CASES[case].title}: {metric.title}, {metric.unit}"
         line = [f"{title} {'+' if metric.more_is_better else '-'}"]
         for variant in table.variants:
             values = table.series(case, name, variant)
-            line.append(_cell(values, {} if variant == BASELINE else base))
+            line.append(_cell(values, {} if variant == baseline else base))
         lines.append(line)
     return lines
 
@@ -72,22 +66,29 @@ def _about(run: Run) -> str:
     return f"Samples of {run.seconds:g} s in turns; {machine}"
 
 
+def _legend(run: Run) -> str:
+    return (
+        f"Medians; (lowest..highest), or xRATIO to `{run.baseline}` as the median of the rounds' "
+        "ratios [95 % interval]. More is better for +, less for -."
+    )
+
+
 def text(run: Run) -> str:
     """Return the tables for a terminal."""
-    lines = [_about(run), LEGEND, *run.absent]
+    lines = [_about(run), _legend(run), *run.absent]
     for table in run.tables():
         head = f"underlay {table.mode}, {table.rounds} rounds"
-        lines += ["", head, *_aligned(cells(table), "  ")]
+        lines += ["", head, *_aligned(cells(table, run.baseline), "  ")]
     return "\n".join(lines)
 
 
 def markdown(run: Run) -> str:
     """Return the tables as a Markdown page."""
     titles = {suite.name: suite.title for suite in (*SUITES, QUICK)}
-    lines = ["# Results", "", f"{_about(run)}.", "", LEGEND]
+    lines = ["# Results", "", f"{_about(run)}.", "", _legend(run)]
     lines += ["", *(f"* not measured: {sentence}" for sentence in run.absent)] * bool(run.absent)
     for table in run.tables():
-        head, *body = cells(table)
+        head, *body = cells(table, run.baseline)
         title = titles.get(table.suite, table.suite)
         lines += ["", f"## {title} (`{table.mode}`, {table.rounds} rounds)", ""]
         lines += [f"|{line}|" for line in _aligned([head, ["---"] * len(head), *body], "|")]

@@ -45,6 +45,15 @@ def test_tables_pair_rounds() -> None:
     assert "(`wire`, 2 rounds)" in text
 
 
+def test_ratios_are_to_the_variant_that_was_chosen(tmp_path: Path) -> None:
+    replace(_run(), baseline="ours").save(tmp_path / "results.json")
+    text = report.markdown(Run.load(tmp_path / "results.json"))
+    row = next(line for line in text.splitlines() if "throughput" in line)
+    assert "to `ours`" in text
+    assert "4 x0.80 [0.80..0.80]" in row
+    assert "5 (5..5)" in row
+
+
 def test_a_variant_that_missed_a_round_is_paired_with_what_there_is() -> None:
     run = _run()
     run.records.append(replace(KERNEL, turn=2, values={"throughput": 400.0}))
