@@ -180,8 +180,8 @@ static void write_held(struct decap_side *side)
 }
 
 /* Check one datagram and hold its packet. Return: whether it passed without remark */
-static bool take_datagram(struct decap_side *side, struct receive_socket *socket,
-			  const struct outer *outer, uint8_t *datagram, size_t length, size_t hint)
+static bool take_datagram(struct decap_side *side, const struct outer *outer, uint8_t *datagram,
+			  size_t length, size_t hint)
 {
 	struct decap decap;
 
@@ -190,10 +190,6 @@ static bool take_datagram(struct decap_side *side, struct receive_socket *socket
 	if (decap.drop >= 0) {
 		drop(side, decap.sender, decap.drop);
 	} else {
-		if (decap.flow.hash != socket->last_flow) {
-			socket->last_flow = decap.flow.hash;
-			side->mixed_ms = side->received_ms;
-		}
 		while (!gro_add(&side->gro, decap.packet, &decap.flow, hint, decap.sender))
 			write_held(side);
 	}
@@ -239,8 +235,7 @@ static void make_room(struct receive *receive, struct msghdr *header)
 }
 
 /* Return: its datagrams */
-static int take_message(struct decap_side *side, struct receive_socket *socket,
-			struct receive *receive, struct mmsghdr *message)
+static int take_message(struct decap_side *side, struct receive *receive, struct mmsghdr *message)
 {
 	struct outer outer = outer_of(receive, &message->msg_hdr);
 	uint8_t *datagram = receive->iov.iov_base;
@@ -259,7 +254,7 @@ static int take_message(struct decap_side *side, struct receive_socket *socket,
 		size_t length = left < size ? left : size;
 
 		if (!passed || !goes_on(side, datagram - size, datagram, length))
-			passed = take_datagram(side, socket, &outer, datagram, length, hint);
+			passed = take_datagram(side, &outer, datagram, length, hint);
 		datagrams++;
 		datagram += length;
 		left -= length;
@@ -280,10 +275,14 @@ static int decap_batch(struct decap_side *side, struct receive_socket *socket, i
 	count_up(&side->counters.receives, (uint64_t)received);
 	for (int i = 0; i < received; i++) {
 		bytes += side->message[i].msg_len;
-		*datagrams += take_message(side, socket, &side->receive[i], &side->message[i]);
+		*datagrams += take_message(side, &side->receive[i], &side->message[i]);
 	}
 	write_held(side);
-	socket->slots = bytes / (size_t)received > LARGE_MESSAGE ? SLOTS_MIN : RECEIVES;
+	socket->slots = RECEIVES;
+	if (bytes / (size_t)received > LARGE_MESSAGE) {
+		socket->slots = SLOTS_MIN;
+		side->bulk_ms = side->received_ms;
+	}
 	return received;
 }
 

@@ -24,7 +24,6 @@ struct receive {
 struct receive_socket {
 	int fd;
 	unsigned int slots; /* to receive into next time */
-	uint32_t last_flow; /* hash of the last packet's */
 };
 
 /* The way from the wire to the TUN. One thread at a time is in it. */
@@ -34,7 +33,7 @@ struct decap_side {
 	bool registered; /* as a reader */
 	int tun_fd;
 	uint64_t received_ms; /* when the present batch came */
-	uint64_t mixed_ms; /* when two flows in a row came by one socket last */
+	uint64_t bulk_ms; /* when messages were large last */
 	uint8_t *arena;
 	struct receive receive[RECEIVES];
 	struct mmsghdr message[RECEIVES];

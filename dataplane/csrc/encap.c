@@ -228,6 +228,8 @@ static int make_datagrams(struct encap_side *side, struct tun_queue *queue, uint
 			gso_spread(&gso, ip, PUSH);
 	}
 	guess(queue, &gso);
+	if (gso.segments > 1)
+		side->bulk_ms = side->now / 1000000;
 	note_flow(queue, packet->flow, gso.segments > 1, side->now);
 	if (encap->flow.ecn != ECN_NOT_ECT && must_mark(side, queue)) {
 		flow_set_ecn(ip, get_be16(encap->peer->push.eth.type), ECN_CE);

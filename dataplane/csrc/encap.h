@@ -28,6 +28,7 @@ struct encap_side {
 	struct fib_reader reader;
 	bool registered; /* as a reader */
 	uint64_t now; /* at the begin of the batch, ns */
+	uint64_t bulk_ms; /* when a super-packet was read last */
 	bool reads_ahead; /* where flows are mixed */
 	struct backlog backlog;
 	struct sender sender;

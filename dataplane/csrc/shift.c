@@ -5,11 +5,10 @@
  * The first thread gives away the source with most packets when it has slept for less than half of
  * WINDOW_NS; the others give back what had few in CALM_NS.
  *
- * A thread that is always sooner at a core than the load beside it works in small batches, which
- * one flow alone pays for and nobody gains from. So two threads are well raised, and only while
- * several flows are mixed: the first one when it has several and little of each, as many small
- * packets would pay as bulk does, and the one that receives bulk when they come by one socket, as
- * one of them may be waiting behind the other's bulk.
+ * A thread that is always sooner at a core than the load beside it works in small batches. That
+ * costs many small packets most, and one flow alone gains nothing from it. So the first thread is
+ * well raised only while it has several flows and little of each, as a ping beside bulk may be one
+ * of them; the others only while they carry super-packets, which a core is worth most to.
  *
  * A thread that has had packets goes on polling for `poll_us` before it sleeps: the next packet
  * then costs no wake-up. Before each look whoever else wants the core has it, unless the thread is
@@ -25,7 +24,7 @@
 
 #include "worker.h"
 
-#define MIXED_MS 100 /* flows are mixed for so long after they were seen to be */
+#define BOOST_MS 100 /* a thread stays well raised for so long */
 #define WINDOW_NS (2 * 1000 * 1000)
 #define LIGHT_PACKETS 64 /* in a window; above, they are a load themselves */
 #define CALM_NS (20 * 1000 * 1000)
@@ -43,9 +42,9 @@ static void fail(struct fp_worker *worker, int err)
  * Run the calling thread (that is what 0 means on Linux) some nice steps above the daemon. Return:
  * 0, or -1 with errno set
  */
-static int raise_thread(const struct fp_worker *worker, bool is_mixed)
+static int raise_thread(const struct fp_worker *worker, bool is_boosted)
 {
-	int raised = worker->nice - (is_mixed ? MIXED_NICE_STEPS : NICE_STEPS);
+	int raised = worker->nice - (is_boosted ? BOOSTED_NICE_STEPS : NICE_STEPS);
 
 	return setpriority(PRIO_PROCESS, 0, raised < NICE_MIN ? NICE_MIN : raised);
 }
@@ -64,17 +63,17 @@ static void schedule(struct fp_worker *worker)
 		worker->schedule_error = errno;
 }
 
-/* Raise the calling thread as its flows ask for. */
+/* Raise the calling thread as what it has asks for. */
 static void reschedule(struct shift *shift, uint64_t now_ms)
 {
 	const struct fp_worker *worker = shift->worker;
-	bool is_mixed = shift->mixed_ms && now_ms - shift->mixed_ms < MIXED_MS;
+	bool is_boosted = shift->boost_ms && now_ms - shift->boost_ms < BOOST_MS;
 
-	if (is_mixed == shift->is_mixed)
+	if (is_boosted == shift->is_boosted)
 		return;
-	shift->is_mixed = is_mixed;
+	shift->is_boosted = is_boosted;
 	if (worker->schedule == FP_SCHEDULE_RAISED && !worker->schedule_error)
-		raise_thread(worker, is_mixed);
+		raise_thread(worker, is_boosted);
 }
 
 /* Wait for work, awake at first if there were packets a moment ago. Return: as lane_wait() */
@@ -147,7 +146,7 @@ static int end_window(struct shift *shift, bool is_busy)
 	uint64_t now_ms = shift->now / 1000000;
 
 	if (census.packets < LIGHT_PACKETS && (census.queues > 1 || census.sockets > 1))
-		shift->mixed_ms = now_ms;
+		shift->boost_ms = now_ms;
 	reschedule(shift, now_ms);
 	if (!is_busy || !census.busiest)
 		return 0;
@@ -216,8 +215,9 @@ static void *run_other(void *arg)
 
 		if (!err && lane->stopped)
 			return NULL;
-		shift->mixed_ms = lane->decap.mixed_ms;
-		reschedule(shift, lane->decap.received_ms);
+		shift->boost_ms = lane->encap.bulk_ms > lane->decap.bulk_ms ? lane->encap.bulk_ms
+									    : lane->decap.bulk_ms;
+		reschedule(shift, now / 1000000);
 		if (!err && worker_is_adaptive(worker) && now - window >= CALM_NS) {
 			err = give_back(worker, lane);
 			window = now;

@@ -8,7 +8,7 @@
 
 #define NICE_MIN (-20)
 #define NICE_STEPS 3 /* twice the share of a process at the daemon's own nice value */
-#define MIXED_NICE_STEPS 8 /* six times the share */
+#define BOOSTED_NICE_STEPS 8 /* six times the share */
 
 struct fp_worker;
 struct lane;
@@ -21,8 +21,8 @@ struct shift {
 	uint64_t now; /* when its last turn ended; ns */
 	uint64_t last; /* when it moved packets; ns */
 	uint64_t idle; /* ns in waits, since it began */
-	uint64_t mixed_ms; /* when flows were last seen to be mixed */
-	bool is_mixed; /* and it is raised for that */
+	uint64_t boost_ms; /* when it last had what it is well raised for */
+	bool is_boosted; /* it is well raised */
 	_Atomic uint64_t turned_ms; /* when its present turn began */
 };
 

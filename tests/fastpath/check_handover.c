@@ -2,7 +2,7 @@
 /*
  * A source changes hands between two threads: it must never be lost, be in both lanes, or reorder a
  * flow, and what carries little must come back to the first lane. Threads are raised while several
- * flows are mixed in what they have, and poll for no longer than they are told to.
+ * flows are mixed in what they have, or it is bulk, and poll for no longer than they are told to.
  */
 #define _GNU_SOURCE
 #include "check.h"
@@ -21,6 +21,7 @@
 #define CYCLES 10
 #define MORE 1000 /* packets once a source has been given away */
 #define PAYLOAD 32
+#define LARGE 8000
 #define POLL_MS 500
 #define LOOKS 10
 
@@ -142,18 +143,19 @@ static void *read_in_order(void *argument)
 }
 
 /* Send one packet more of a flow to a receive socket, as a peer does. */
-static void send_one(const struct host *host, uint32_t *number, uint16_t port, int socket)
+static void send_sized(const struct host *host, uint32_t *number, uint16_t port, int socket,
+		       size_t payload)
 {
 	struct spec spec = { .udp = true,
 			     .source_node = 2,
 			     .destination_node = 1,
 			     .source_port = port,
-			     .payload = PAYLOAD };
+			     .payload = payload };
 	struct vxlan_push push = { .vxlan = vxlan_header_of(1),
 				   .eth = { .destination = { 2, 0, 0, 0, 0, 1 },
 					    .source = { 2, 0, 0, 0, 0, 2 },
 					    .type = { { 0x08, 0 } } } };
-	uint8_t datagram[2048], *packet = datagram + sizeof(push);
+	uint8_t datagram[LARGE + 2048], *packet = datagram + sizeof(push);
 	size_t length = build(&spec, packet);
 
 	memcpy(datagram, &push, sizeof(push));
@@ -162,6 +164,11 @@ static void send_one(const struct host *host, uint32_t *number, uint16_t port, i
 	memset(packet + 26, 0, 2); /* no UDP checksum */
 	sendto(host->send, datagram, sizeof(push) + length, 0,
 	       (const struct sockaddr *)&host->address[socket], sizeof(host->address[socket]));
+}
+
+static void send_one(const struct host *host, uint32_t *number, uint16_t port, int socket)
+{
+	send_sized(host, number, port, socket, PAYLOAD);
 }
 
 static void send_next(const struct host *host, uint32_t *number)
@@ -243,24 +250,35 @@ static char state_of(const char *thread)
 	return state;
 }
 
-/* Several flows raise the thread that has them, one alone does not. */
-static void check_priority(int threads, const char *thread, uint16_t port, int socket)
+/* What a thread is well raised for: several flows with little each, or large messages. */
+static void send_mixed(const struct host *host, uint32_t *number)
+{
+	send_one(host, number, 0, 0);
+	send_one(host, number, 0, 1);
+}
+
+static void send_large(const struct host *host, uint32_t *number)
+{
+	send_sized(host, number, 0, 0, LARGE);
+}
+
+/* A thread is well raised while it has what it is to be, and one small flow is not that. */
+static void check_priority(int threads, const char *thread,
+			   void (*send)(const struct host *host, uint32_t *number))
 {
 	struct host host;
 	uint32_t number = 0;
 	int own = getpriority(PRIO_PROCESS, 0);
 
-	HOLDS(own - MIXED_NICE_STEPS >= NICE_MIN);
+	HOLDS(own - BOOSTED_NICE_STEPS >= NICE_MIN);
 	open_host(&host, FP_SCHEDULE_RAISED);
 	HOLDS(fp_worker_start(host.worker, threads) == 0);
 	while (nice_of(thread) != own - NICE_STEPS)
 		usleep(1000);
 	for (int cycle = 0; cycle < 2; cycle++) {
 		/* So slowly that the thread keeps what it has, or gets it back. */
-		for (; nice_of(thread) != own - MIXED_NICE_STEPS; usleep(500)) {
-			send_one(&host, &number, 0, 0);
-			send_one(&host, &number, port, socket);
-		}
+		for (; nice_of(thread) != own - BOOSTED_NICE_STEPS; usleep(500))
+			send(&host, &number);
 		while (nice_of(thread) != own - NICE_STEPS)
 			send_next(&host, &number);
 		for (int more = 0; more < MORE; more++)
@@ -313,7 +331,7 @@ void check_handover(void)
 	check_changes(0);
 	check_changes(1);
 	check_adaptive();
-	check_priority(2, "fp-decap", 1, 0);
-	check_priority(3, "fp-first", 0, 1);
+	check_priority(2, "fp-decap", send_large);
+	check_priority(3, "fp-first", send_mixed);
 	check_polling();
 }
