@@ -56,8 +56,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=positive, help="length of a sample (4; quick 2)")
     parser.add_argument("--ours-flags", default="", help="flags for every pyflannel-udp")
     parser.add_argument("--output", type=Path,
-                        help="folder for results.json, results.md and plots (suites: bench/results; "
-                        "else none)")
+                        help="folder for results.json, results.md and plots (suites: "
+                        "bench/results; else none)")
     # fmt: on
     given = parser.parse_args()
     given.suites = chosen_suites(given)
