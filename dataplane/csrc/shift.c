@@ -8,7 +8,7 @@
  * A thread that is always sooner at a core than the load beside it works in small batches. That
  * costs many small packets most, and one flow alone gains nothing from it. So the first thread is
  * well raised only while it has several flows and little of each, as a ping beside bulk may be one
- * of them; the others only while they carry super-packets, which a core is worth most to.
+ * of them; the others only while they carry super-packets, which move faster so (bench/README.md).
  *
  * A thread that has had packets goes on polling for `poll_us` before it sleeps: the next packet
  * then costs no wake-up. Before each look whoever else wants the core has it, unless the thread is
