@@ -1,4 +1,4 @@
-"""`python -m bench`: compare variants in turns and print ratios, to the kernel's vxlan device."""
+"""`python -m bench`: compare variants in turns and print their ratios to one of them."""
 
 from __future__ import annotations
 

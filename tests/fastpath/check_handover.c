@@ -16,6 +16,7 @@
 #include <unistd.h>
 
 /* Who has a source is to be seen only from within. */
+#include "node.h"
 #include "worker.h"
 
 #define CHANGES 20000
@@ -297,19 +298,14 @@ static void check_priority(int threads, const char *thread,
  */
 static void check_super_packets(void)
 {
-	const struct vnet_header vnet = { .flags = VNET_NEEDS_CHECKSUM,
-					  .gso_type = VNET_GSO_UDP,
-					  .gso_size = 20,
-					  .header_length = 28,
-					  .checksum_start = 20,
-					  .checksum_offset = 6 };
 	struct spec spec = { .udp = true,
 			     .source_node = 1,
 			     .destination_node = 2,
-			     .payload = SEGMENTS * 20,
+			     .payload = SEGMENTS * UDP_SEGMENT_BYTES,
 			     .partial = true };
 	uint8_t packet[2048];
-	struct iovec iov[] = { { (void *)&vnet, sizeof(vnet) }, { packet, build(&spec, packet) } };
+	struct iovec iov[] = { { (void *)&udp_super_packet, sizeof(udp_super_packet) },
+			       { packet, build(&spec, packet) } };
 	int own = getpriority(PRIO_PROCESS, 0);
 	struct fp_route route;
 	struct host host;

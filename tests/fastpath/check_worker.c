@@ -188,12 +188,6 @@ static void check_longest(struct output got[FLOWS])
 static void check_many(int offload, struct output got[FLOWS], struct output expected[FLOWS])
 {
 	static uint8_t packet[PACKET_MAX];
-	const struct vnet_header vnet = { .flags = VNET_NEEDS_CHECKSUM,
-					  .gso_type = VNET_GSO_UDP,
-					  .gso_size = 20,
-					  .header_length = 28,
-					  .checksum_start = 20,
-					  .checksum_offset = 6 };
 	struct fp_counters counters;
 	struct node from, to;
 
@@ -207,13 +201,13 @@ static void check_many(int offload, struct output got[FLOWS], struct output expe
 				     .source_node = 2,
 				     .destination_node = 1,
 				     .source_port = 1,
-				     .payload = SEGMENTS * 20,
+				     .payload = SEGMENTS * UDP_SEGMENT_BYTES,
 				     .fill = i,
 				     .partial = true };
 		size_t length = build(&spec, packet);
 
-		append_segments(expected, &vnet, packet, length);
-		put(&from, &vnet, packet, length);
+		append_segments(expected, &udp_super_packet, packet, length);
+		put(&from, &udp_super_packet, packet, length);
 	}
 	move(&from, &to, got);
 	HOLDS(expected[1].size == MESSAGES * SEGMENTS * (sizeof(uint32_t) + 20 + 8 + 20));

@@ -8,6 +8,13 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
+const struct vnet_header udp_super_packet = { .flags = VNET_NEEDS_CHECKSUM,
+					      .gso_type = VNET_GSO_UDP,
+					      .gso_size = UDP_SEGMENT_BYTES,
+					      .header_length = 28,
+					      .checksum_start = 20,
+					      .checksum_offset = 6 };
+
 int udp_socket(struct sockaddr_in *address, uint32_t host)
 {
 	socklen_t length = sizeof(*address);

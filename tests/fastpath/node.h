@@ -22,6 +22,10 @@ struct node {
 	struct sockaddr_in address;
 };
 
+#define UDP_SEGMENT_BYTES 20
+/* What stands before an IPv4 packet of UDP that is to be cut into such segments. */
+extern const struct vnet_header udp_super_packet;
+
 /* Open a socket of the @host-th address behind that of loopback, and tell its own. */
 int udp_socket(struct sockaddr_in *address, uint32_t host);
 
